@@ -1,0 +1,25 @@
+"""JSON in and out, strict and bounded: what cannot be decoded is ``malformed`` and says where."""
+
+from typing import TypeVar
+
+import msgspec
+
+from cipherfleet.contract.errors import Malformed, TooLarge
+
+T = TypeVar("T")
+
+MAX_BODY_BYTES = 16 * 1024 * 1024
+
+
+def encode(value: object) -> bytes:
+    return msgspec.json.encode(value)
+
+
+def decode(raw: bytes | bytearray | memoryview, kind: type[T], *, what: str = "the message", limit: int = MAX_BODY_BYTES) -> T:
+    """``raw`` as a ``kind``. Raises ``TooLarge`` or ``Malformed`` (which names the field, never its value)."""
+    if len(raw) > limit:
+        raise TooLarge(f"{what} has {len(raw)} bytes, {limit} are allowed")
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise Malformed(f"{what} is not valid: {exc}") from exc

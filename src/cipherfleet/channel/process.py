@@ -1,0 +1,172 @@
+"""How a process of ours starts, says that it is ready, is found again, and ends.
+
+The parent writes the configuration to the child's standard input (so nothing of it shows in argv or the environment) and
+reads one line from its standard output: ready, or the error. A running process has a file in the run folder.
+"""
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, TypeVar
+
+import msgspec
+import psutil
+
+from cipherfleet.channel import codec
+from cipherfleet.channel.certificates import write_private
+from cipherfleet.contract.errors import CipherfleetError, ErrorBody, Internal, TimedOut
+
+C = TypeVar("C")
+
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+
+
+class ReadyLine(msgspec.Struct, frozen=True):
+    """What a child says once: ``info`` is whatever its parent wants to know."""
+
+    ready: bool
+    info: msgspec.Raw = msgspec.Raw(b"null")
+    error: ErrorBody | None = None
+
+
+class ProcessEntry(msgspec.Struct, frozen=True):
+    """A running process, as its file in the run folder says; ``started`` guards against a reused pid."""
+
+    role: str
+    id: str
+    pid: int
+    started: float
+    consumer: str = ""
+
+    @property
+    def alive(self) -> bool:
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.started) < 1.0
+            return bool(same and process.status() != psutil.STATUS_ZOMBIE)
+        except psutil.Error:
+            return False
+
+
+def register(run_folder: Path, role: str, id_: str, pid: int, consumer: str = "") -> Path:
+    """Write the file of a process; the caller removes it when the process has ended."""
+    entry = ProcessEntry(role, id_, pid, psutil.Process(pid).create_time(), consumer)
+    path = run_folder / f"{role}-{id_}.json"
+    write_private(path, codec.encode(entry))
+    return path
+
+
+def running(run_folder: Path) -> list[ProcessEntry]:
+    """Every process of the run folder that is alive; files of dead ones are removed."""
+    entries = []
+    for path in sorted(run_folder.glob("*.json")):
+        with suppress(CipherfleetError, FileNotFoundError):
+            entry = codec.decode(path.read_bytes(), ProcessEntry)
+            if entry.alive:
+                entries.append(entry)
+            else:
+                path.unlink(missing_ok=True)
+    return entries
+
+
+def protect(*, dumpable: bool = False, die_with_parent: bool = False) -> None:
+    """No core dump and no ptrace by the same user (unless ``dumpable``); end when the parent ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not dumpable:
+        libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    if die_with_parent:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def configure_logging() -> None:
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
+
+
+def run(main: Callable[[C, Callable[[object], None], asyncio.Event], Awaitable[None]], kind: type[C]) -> int:
+    """A child's whole life: configuration from stdin, ``main(configuration, ready, stop)``, exit status.
+
+    ``ready(info)`` tells the parent; ``stop`` is set by SIGTERM and SIGINT.
+    """
+    import uvloop  # a process that never runs a loop need not load it
+
+    configure_logging()
+    report = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+
+    def ready(info: object) -> None:
+        _say(report, ReadyLine(ready=True, info=msgspec.Raw(codec.encode(info))))
+
+    async def live() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await main(configuration, ready, stop)
+
+    try:
+        configuration = codec.decode(sys.stdin.buffer.read(), kind, what="the configuration")
+        uvloop.run(live())
+    except CipherfleetError as exc:
+        logging.getLogger(__name__).error("%s: %s", exc.code, exc.message)  # noqa: TRY400
+        _say(report, ReadyLine(ready=False, error=exc.to_reply().error))
+        return 1
+    return 0
+
+
+def _say(report: IO[bytes], line: ReadyLine) -> None:
+    with suppress(ValueError, BrokenPipeError):
+        report.write(codec.encode(line) + b"\n")
+        report.close()
+
+
+async def start_child(
+    command: Sequence[str],
+    configuration: object,
+    *,
+    log_file: Path,
+    pass_fds: Sequence[int] = (),
+    new_session: bool = False,
+    timeout: float = 30.0,
+    environment: dict[str, str] | None = None,
+) -> tuple[asyncio.subprocess.Process, bytes]:
+    """Start a child and wait until it is ready; the process and the JSON it reported.
+
+    Raises the error the child reported, ``TimedOut``, or ``Internal`` when it ended without a word; no child is left then.
+    """
+    with log_file.open("ab") as log:
+        child = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=log,
+            pass_fds=tuple(pass_fds),
+            start_new_session=new_session,
+            env=environment,
+        )
+    assert child.stdin is not None  # noqa: S101 - both were asked for above
+    assert child.stdout is not None  # noqa: S101
+    try:
+        with suppress(BrokenPipeError, ConnectionResetError):
+            child.stdin.write(codec.encode(configuration))
+            await child.stdin.drain()
+        child.stdin.close()
+        line = await asyncio.wait_for(child.stdout.readline(), timeout)
+        if not line:
+            raise Internal(f"a process ended before it was ready, see {log_file}")
+        report = codec.decode(line, ReadyLine, what="a child's report")
+        if report.error is not None:
+            raise CipherfleetError.from_body(report.error)
+    except BaseException as exc:
+        with suppress(ProcessLookupError):
+            child.kill()
+        await child.wait()
+        if isinstance(exc, TimeoutError):
+            raise TimedOut(f"a process was not ready within {timeout:.0f} s, see {log_file}") from exc
+        raise
+    return child, bytes(report.info)

@@ -1,0 +1,210 @@
+"""A mutual-TLS server whose every route names the roles that may call it.
+
+The handler gets a ``Call``: who called, the decoded body, the path's parts. It returns a message. Errors of ours become
+JSON with their status; anything else is logged by its type and becomes ``internal``. Connections are known by the peer's
+certificate, so that revoking one closes them.
+"""
+
+import asyncio
+import logging
+import socket
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from cipherfleet.channel import codec, tls
+from cipherfleet.channel.certificates import Credentials, peer_of
+from cipherfleet.channel.frames import Frames
+from cipherfleet.contract.errors import (
+    CertificateExpired,
+    CertificateInvalid,
+    CertificateRevoked,
+    CipherfleetError,
+    Internal,
+    Malformed,
+    NotPermitted,
+    PortTaken,
+    RouteUnknown,
+    TooLarge,
+    Unsupported,
+)
+from cipherfleet.contract.identities import Peer, Role
+from cipherfleet.contract.ids import Serial
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+F = TypeVar("F")
+G = TypeVar("G")
+
+
+class Call:
+    """One request: the authenticated ``peer`` and what it sent."""
+
+    def __init__(self, request: web.Request, peer: Peer) -> None:
+        self.request = request
+        self.peer = peer
+
+    async def body(self, kind: type[T]) -> T:
+        """The body as a ``kind``. Raises ``Malformed`` or ``TooLarge``."""
+        return codec.decode(await self.request.read(), kind, what="the request's body")
+
+    def path(self, name: str, kind: Callable[[str], T]) -> T:
+        """A part of the path as an id. Raises ``Malformed`` when it is not one."""
+        try:
+            return msgspec.convert(self.request.match_info[name], kind)  # type: ignore[no-any-return]
+        except msgspec.ValidationError as exc:
+            raise Malformed(f"{name} in the path is not valid: {exc}") from exc
+
+    def query(self, name: str, default: str = "") -> str:
+        return self.request.query.get(name, default)
+
+    async def frames(self, receives: Any) -> Frames[Any, Any]:
+        """Turn the connection into a channel of frames; ``receives`` is the base class (a tagged union) of what comes in."""
+        if self.request.headers.get("Upgrade", "").lower() != "websocket":
+            raise Unsupported("this route is a channel, connect with a WebSocket")
+        socket_ = web.WebSocketResponse(heartbeat=5.0, max_msg_size=codec.MAX_BODY_BYTES, compress=False)
+        await socket_.prepare(self.request)
+        return Frames(socket_, receives)
+
+
+Handler = Callable[[Call], Awaitable[object]]
+
+
+class Server:
+    """``async with Server(...)`` is not offered on purpose: a server is started after its routes are complete."""
+
+    def __init__(
+        self,
+        credentials: Credentials,
+        *,
+        minimum: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
+        check_peer: Callable[[Peer], None] | None = None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._context = tls.server_context(credentials, minimum=minimum)
+        self._check_peer = check_peer
+        self._wall_clock = wall_clock
+        self._connections: dict[asyncio.BaseTransport, Peer] = {}
+        self._revoked: set[Serial] = set()
+        self._runner: web.AppRunner | None = None
+        self._app = web.Application(client_max_size=codec.MAX_BODY_BYTES, middlewares=[self._guard])
+
+    def route(self, method: str, path: str, roles: Collection[Role], handler: Handler) -> None:
+        """Serve ``handler`` on ``path`` to peers of ``roles`` alone."""
+        allowed = frozenset(roles)
+
+        async def serve(request: web.Request) -> web.StreamResponse:
+            peer = self.peer(request)
+            if peer.identity.role not in allowed:
+                raise NotPermitted(f"{peer.identity.role} may not call {method} {path}")
+            answer = await handler(Call(request, peer))
+            if isinstance(answer, web.StreamResponse):
+                return answer
+            return web.Response(body=codec.encode(answer), content_type="application/json")
+
+        self._app.router.add_route(method, path, serve)
+
+    def peer(self, request: web.Request) -> Peer:
+        """Who is at the other end. Raises ``CertificateInvalid``, ``CertificateExpired`` or ``CertificateRevoked``."""
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError
+        peer = self._connections.get(transport)
+        if peer is None:
+            tls_object = transport.get_extra_info("ssl_object")
+            der = tls_object.getpeercert(binary_form=True) if tls_object is not None else None
+            if der is None:
+                raise CertificateInvalid("the caller shows no certificate")
+            peer = peer_of(der)
+            gone = [t for t in self._connections if t.is_closing()]
+            for closed in gone:
+                del self._connections[closed]
+            self._connections[transport] = peer
+        if peer.serial in self._revoked:
+            raise CertificateRevoked(f"the certificate of {peer.identity.uri} is revoked")
+        if peer.not_after < self._wall_clock():
+            raise CertificateExpired(f"the certificate of {peer.identity.uri} has expired")
+        if self._check_peer is not None:
+            self._check_peer(peer)
+        return peer
+
+    def renew(self, credentials: Credentials) -> None:
+        """Show a new certificate from now on."""
+        tls.renew(self._context, credentials)
+
+    def revoke(self, serials: Iterable[Serial]) -> int:
+        """Refuse these certificates and close their connections now; how many were closed."""
+        self._revoked.update(serials)
+        doomed = [t for t, peer in self._connections.items() if peer.serial in self._revoked]
+        for transport in doomed:
+            self._abort(transport)
+        return len(doomed)
+
+    def close_connections(self) -> int:
+        """Close every connection now, mid-request if it must be; how many were closed."""
+        doomed = list(self._connections)
+        for transport in doomed:
+            self._abort(transport)
+        return len(doomed)
+
+    async def start(self, address: tuple[str, int] | socket.socket) -> tuple[str, int]:
+        """Listen, and say where. Raises ``PortTaken``."""
+        self._runner = web.AppRunner(self._app, access_log=None, shutdown_timeout=1.0, handle_signals=False)
+        await self._runner.setup()
+        try:
+            if isinstance(address, socket.socket):
+                site: web.BaseSite = web.SockSite(self._runner, address, ssl_context=self._context)
+                bound = address.getsockname()
+            else:
+                site = web.TCPSite(self._runner, *address, ssl_context=self._context, reuse_address=True)
+                bound = address
+            await site.start()
+        except OSError as exc:
+            await self._runner.cleanup()
+            raise PortTaken(f"cannot listen on {address}: {exc.strerror or exc}", "stop what listens there") from exc
+        if not isinstance(address, socket.socket) and self._runner.addresses:
+            bound = self._runner.addresses[0]
+        return str(bound[0]), int(bound[1])
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            self.close_connections()
+            await self._runner.cleanup()
+            self._runner = None
+
+    def _abort(self, transport: asyncio.BaseTransport) -> None:
+        self._connections.pop(transport, None)
+        transport.abort()  # type: ignore[attr-defined]
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except CipherfleetError as exc:
+            error = exc
+        except web.HTTPRequestEntityTooLarge:
+            error = TooLarge(f"the request's body has more than {codec.MAX_BODY_BYTES} bytes")
+        except web.HTTPException as exc:
+            if exc.status not in (404, 405):
+                error = Malformed(f"HTTP {exc.status}: {exc.reason}")
+            else:
+                error = RouteUnknown(f"there is no {request.method} {request.path[:200]}")
+        except (asyncio.CancelledError, ConnectionError):
+            raise
+        except Exception as exc:
+            # The type and place only: a message could hold what must not be logged.
+            trace = exc.__traceback__
+            while trace is not None and trace.tb_next is not None:
+                trace = trace.tb_next
+            place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "?"
+            log.error("internal error in %s %s: %s at %s", request.method, request.path, type(exc).__name__, place)  # noqa: TRY400
+            error = Internal("something went wrong on our side")
+        return web.Response(status=error.status, body=codec.encode(error.to_reply()), content_type="application/json")
+
+
+__all__ = ["Call", "Handler", "Server"]

@@ -1,0 +1,187 @@
+"""The key escrow's rows, their log and the checkpoint over it: what the VCM stores and how a rollback shows.
+
+Every change of a row appends an entry to the consumer's log; the log's head is a hash chain over all entries. The HSM
+signs (sequence, head), the Ukey keeps the newest one it saw, and a VCM replays the chain before it trusts a row. So a
+row that was removed, edited, moved or set back does not pass, not even by the one who runs the database.
+"""
+
+import hashlib
+from enum import StrEnum
+
+import msgspec
+
+from cipherfleet.contract.errors import EscrowRolledBack, EscrowRowForeign, EscrowRowTampered, Malformed
+from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId
+from cipherfleet.contract.statements import Signed
+
+
+class KeyState(StrEnum):
+    ENABLED = "enabled"
+    DISABLED = "disabled"
+    DELETED = "deleted"
+
+
+class KeyAttributes(msgspec.Struct, frozen=True):
+    """Row version 0 of a key: what is true of the key as a whole. ``revision`` grows with every change."""
+
+    algorithm: str
+    state: KeyState
+    current_version: int
+    revision: int
+    created_at: float
+    label: str = ""
+    created_by: str = ""
+
+
+class VersionAttributes(msgspec.Struct, frozen=True):
+    """Row version 1, 2, ...: one generation of key material. ``public_key`` is SubjectPublicKeyInfo DER, or empty."""
+
+    algorithm: str
+    created_at: float
+    public_key: bytes = b""
+
+
+class EscrowRow(msgspec.Struct, frozen=True):
+    """One wrapped row. ``attributes`` is JSON of ``KeyAttributes`` (version 0) or ``VersionAttributes``.
+
+    ``wrapped`` is nonce(12) || AES-256-GCM under the CMK's wrapping key, over the key material (version >= 1) or over
+    nothing (version 0), with ``associated_data`` of the row. Consumer, key, version and attributes are all authenticated.
+    """
+
+    consumer: ConsumerId
+    key: KeyId
+    version: int
+    attributes: bytes
+    wrapped: bytes
+
+    @property
+    def subject(self) -> str:
+        return f"key/{self.key}/{self.version}"
+
+
+class LogEntry(msgspec.Struct, frozen=True, array_like=True):
+    """One change: ``subject`` got a row (or statement) whose SHA-256 is ``digest``."""
+
+    sequence: int
+    subject: str
+    digest: bytes
+
+
+class RowWrite(msgspec.Struct, frozen=True):
+    """A row to store; ``previous`` is the digest of the row it replaces, empty when it must not exist yet."""
+
+    row: EscrowRow
+    previous: bytes = b""
+
+
+class StatementEntry(msgspec.Struct, frozen=True):
+    """An application's newest Ukey-signed statement, as the escrow keeps it."""
+
+    name: ApplicationName
+    statement: Signed
+
+    @property
+    def subject(self) -> str:
+        return f"application/{self.name}"
+
+
+class EscrowView(msgspec.Struct, frozen=True):
+    """What the escrow hands to an authenticated VCM: all rows, all statements, the whole log and its checkpoint."""
+
+    rows: tuple[EscrowRow, ...]
+    statements: tuple[StatementEntry, ...]
+    log: tuple[LogEntry, ...]
+    checkpoint: Signed
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """A point of the log that somebody (the Ukey, a VCM) has already seen."""
+
+    epoch: int
+    sequence: int
+    head: bytes
+
+
+def genesis(consumer: ConsumerId, epoch: int) -> bytes:
+    """The head of an empty log (32 bytes)."""
+    return hashlib.sha256(f"cipherfleet log v1 {consumer} {epoch}".encode()).digest()
+
+
+def extend(head: bytes, entry: LogEntry) -> bytes:
+    """The head after ``entry``."""
+    return hashlib.sha256(head + msgspec.json.encode(entry)).digest()
+
+
+def associated_data(consumer: ConsumerId, key: KeyId, version: int, attributes: bytes) -> bytes:
+    """What the card authenticates with a wrapped row; JSON arrays make the parts unambiguous."""
+    return msgspec.json.encode(["cipherfleet row v1", consumer, key, version, attributes])
+
+
+def row_digest(row: EscrowRow) -> bytes:
+    return hashlib.sha256(msgspec.json.encode(row)).digest()
+
+
+def statement_digest(statement: Signed) -> bytes:
+    return hashlib.sha256(msgspec.json.encode(statement)).digest()
+
+
+def replay(start: Seen, log: tuple[LogEntry, ...]) -> Seen:
+    """The point after ``log``, which must continue ``start`` without a gap.
+
+    Raises ``EscrowRolledBack`` when it does not.
+    """
+    sequence, head = start.sequence, start.head
+    for entry in log:
+        sequence += 1
+        if entry.sequence != sequence:
+            raise EscrowRolledBack(f"the escrow's log lacks entry {sequence}")
+        head = extend(head, entry)
+    return Seen(start.epoch, sequence, head)
+
+
+def check_continues(log: tuple[LogEntry, ...], seen: Seen) -> None:
+    """That a whole log (from the first entry) passes through ``seen``. Raises ``EscrowRolledBack``."""
+    if len(log) < seen.sequence:
+        raise EscrowRolledBack(f"the escrow shows {len(log)} changes, {seen.sequence} were seen before")
+
+
+def check_view(consumer: ConsumerId, view: EscrowView, checkpoint: Seen, seen: Seen | None) -> None:
+    """That a view is whole, newest, and this consumer's.
+
+    ``checkpoint`` is the verified payload of ``view.checkpoint``; ``seen`` what the caller knew before. Raises
+    ``EscrowRolledBack``, ``EscrowRowForeign`` or ``EscrowRowTampered``.
+    """
+    point = Seen(checkpoint.epoch, 0, genesis(consumer, checkpoint.epoch))
+    newest: dict[str, bytes] = {}
+    if seen is not None and seen.epoch != checkpoint.epoch:
+        raise EscrowRolledBack(f"the escrow is in epoch {checkpoint.epoch}, {seen.epoch} was seen before")
+    if seen is not None:
+        check_continues(view.log, seen)
+        if replay(point, view.log[: seen.sequence]).head != seen.head:
+            raise EscrowRolledBack("the escrow's history differs from the one seen before")
+    if replay(point, view.log) != checkpoint:
+        raise EscrowRolledBack("the escrow's log does not lead to its checkpoint")
+    for entry in view.log:
+        newest[entry.subject] = entry.digest
+    for row in view.rows:
+        if row.consumer != consumer:
+            raise EscrowRowForeign(f"row of key {row.key} belongs to another consumer")
+        expected = newest.pop(row.subject, None)
+        if expected is None:
+            raise EscrowRowForeign(f"row {row.subject} was never written by this consumer")
+        if expected != row_digest(row):
+            raise EscrowRowTampered(f"row {row.subject} is not the one that was written last")
+    for kept in view.statements:
+        if newest.pop(kept.subject, None) != statement_digest(kept.statement):
+            raise EscrowRowTampered(f"the statement for application {kept.name} is not the newest one")
+    if newest:
+        raise EscrowRolledBack(f"{len(newest)} rows are missing, first {min(newest)}")
+
+
+def decode_attributes(row: EscrowRow) -> KeyAttributes | VersionAttributes:
+    """The attributes of a row. Raises ``Malformed``."""
+    kind: type[KeyAttributes | VersionAttributes] = KeyAttributes if row.version == 0 else VersionAttributes
+    try:
+        return msgspec.json.decode(row.attributes, type=kind)
+    except msgspec.MsgspecError as exc:
+        raise Malformed(f"attributes of {row.subject} cannot be read") from exc

@@ -1,0 +1,293 @@
+"""The key management center: its routes, by the role that may call them, and their messages.
+
+::
+
+    operator   POST   /v1/certificates/{role}/{id}         CertificateRequest -> Chain        platform processes, operator
+    operator   POST   /v1/consumers                        EnrolRequest -> EnrolReply         (consumer is pending)
+    operator   POST   /v1/consumers/{consumer}/confirm     -> Done
+    operator   DELETE /v1/consumers/{consumer}             -> Done                            (only while pending)
+    operator   GET    /v1/consumers                        -> ConsumerList
+    operator   GET    /v1/applications                     -> ApplicationList
+    operator   POST   /v1/applications/{consumer}/{name}/revoke -> Done
+    operator   GET    /v1/audit?consumer=                  -> AuditLog
+    management POST   /v1/identity/challenges              ChallengeRequest -> Challenge
+    management POST   /v1/identity/verify                  Signed[IdentityRequest] -> IdentityReply   (creation, deletion step 2)
+    management PUT    /v1/vcms/{vcm}                       VcmAuthorisation -> Done           binds token, VCM, machine
+    management DELETE /v1/vcms/{vcm}                       -> Done                            revoke all of it; idempotent
+    management DELETE /v1/tokens/{token_id}                -> Done                            idempotent
+    management GET    /v1/vcms/{vcm}                       -> VcmKmcState
+    management POST   /v1/consumers/{consumer}/revoke      -> Done                            service off: revoke everything
+    machine    POST   /v1/cards                            CardRequest -> CardReply           certify a freshly started card
+    machine    POST   /v1/vcms/{vcm}/certificate           VcmCertificateRequest -> Chain     (flow step e)
+    vcm        POST   /v1/certificate                      CertificateRequest -> Chain        renewal
+    vcm        GET    /v1/escrow                           -> EscrowView                      (flow step g)
+    vcm        POST   /v1/escrow                           EscrowWrite -> EscrowReceipt
+    vcm        GET    /v1/audit                            -> AuditLog                        own consumer only
+    vcm        WS     /v1/vcm                              VcmToKmc / KmcToVcm
+    terminal   WS     /v1/terminal                         TerminalToKmc / KmcToTerminal
+    terminal   POST   /v1/applications                     ApplicationRequest -> Chain
+"""
+
+import msgspec
+
+from cipherfleet.contract.escrow import LogEntry, RowWrite
+from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, MachineId, Serial, TokenId, VcmId
+from cipherfleet.contract.messages import Chain, Message
+from cipherfleet.contract.statements import Purpose, Right, Signed
+
+
+class EnrolRequest(Message, frozen=True):
+    """A consumer is enrolled; both keys were made on the Ukey. ``*_csr``: PKCS#10, DER."""
+
+    consumer: ConsumerId
+    identity_csr: bytes
+    channel_csr: bytes
+
+
+class EnrolReply(Message, frozen=True):
+    """What goes onto the Ukey, and only there: ``ciphertext_cmk`` is the HSM share wrapped under the root key."""
+
+    identity: Chain
+    channel: Chain
+    root: bytes
+    domain: bytes
+    kmc_signing_key: bytes  # SubjectPublicKeyInfo DER: signs checkpoints and leases
+    ciphertext_cmk: bytes
+    checkpoint: Signed
+
+
+class ConsumerEntry(Message, frozen=True):
+    name: ConsumerId
+    state: str  # pending | enrolled
+    enrolled_at: float
+    keys: int
+    applications: int
+
+
+class ConsumerList(Message, frozen=True):
+    consumers: tuple[ConsumerEntry, ...]
+
+
+class ApplicationEntry(Message, frozen=True):
+    name: ApplicationName
+    consumer: ConsumerId
+    state: str  # active | revoked | expired
+    rights: tuple[Right, ...]
+    not_after: int
+    serial: Serial
+
+
+class ApplicationList(Message, frozen=True):
+    applications: tuple[ApplicationEntry, ...]
+
+
+class AuditEntry(Message, frozen=True):
+    """One line of a consumer's audit log; ``digest`` chains over all before it (hex SHA-256)."""
+
+    sequence: int
+    at: float
+    consumer: str
+    actor: str
+    event: str
+    subject: str
+    outcome: str
+    digest: str
+
+
+class AuditLog(Message, frozen=True):
+    entries: tuple[AuditEntry, ...]
+
+
+class ChallengeRequest(Message, frozen=True):
+    consumer: ConsumerId
+
+
+class Challenge(Message, frozen=True):
+    """``nonce``: 32 bytes, to be answered once within ``expires_s``."""
+
+    nonce: bytes
+    expires_s: float
+
+
+class IdentityReply(Message, frozen=True):
+    """Identity true. For a build: the new ``user_vcm_token`` (32 bytes, KMC keeps its hash) and the download mark."""
+
+    consumer: ConsumerId
+    purpose: Purpose
+    vcm: VcmId | None
+    token_id: TokenId | None = None
+    token: bytes = b""
+    mark: bytes = b""
+
+
+class VcmAuthorisation(Message, frozen=True):
+    consumer: ConsumerId
+    machine: MachineId
+    token_id: TokenId
+    address: str
+
+
+class VcmKmcState(Message, frozen=True):
+    certified: bool
+    connected: bool
+    released: bool
+    serving: bool
+
+
+class CardRequest(Message, frozen=True):
+    """``csr`` is over the RSA-3072 transport key (OAEP); ``hpke_public_key`` = ML-KEM-768 (1184) || X25519 (32)."""
+
+    card: CardId
+    csr: bytes
+    hpke_public_key: bytes
+
+
+class CardReply(Message, frozen=True):
+    chain: Chain
+    kmc_signing_key: bytes
+
+
+class VcmCertificateRequest(Message, frozen=True):
+    csr: bytes
+    token: bytes
+    card: CardId
+
+
+class EscrowWrite(Message, frozen=True):
+    """All rows are committed together, or none."""
+
+    writes: tuple[RowWrite, ...]
+    actor: str = ""
+    event: str = ""
+
+
+class EscrowReceipt(Message, frozen=True):
+    """Committed to disk. ``log`` holds the new entries, in order."""
+
+    log: tuple[LogEntry, ...]
+
+
+class VcmToKmc(msgspec.Struct, frozen=True, tag_field="type"):
+    """Frames that a VCM sends."""
+
+
+class CardReady(VcmToKmc, frozen=True):
+    """step e: this VCM's vCC is up on ``card`` and waits for the CMK."""
+
+    card: CardId
+
+
+class CmkLoaded(VcmToKmc, frozen=True):
+    """Both shares are combined in the card."""
+
+
+class LeaseWanted(VcmToKmc, frozen=True):
+    card: CardId
+    nonce: bytes
+
+
+class Serving(VcmToKmc, frozen=True):
+    """step h."""
+
+
+class CmkRefused(VcmToKmc, frozen=True):
+    code: str
+    message: str
+
+
+class KmcToVcm(msgspec.Struct, frozen=True, tag_field="type"):
+    """Frames that the KMC sends to a VCM."""
+
+
+class CmkDelivered(KmcToVcm, frozen=True):
+    """step f: both shares, for the card to combine."""
+
+    wrapped_hsm_share: bytes
+    sealed_ukey_share: bytes
+
+
+class LeaseGranted(KmcToVcm, frozen=True):
+    lease: Signed
+
+
+class EscrowChanged(KmcToVcm, frozen=True):
+    """Another VCM of the consumer, or the Ukey, changed the escrow."""
+
+    sequence: int
+
+
+class CertificatesRevoked(KmcToVcm, frozen=True):
+    """Close these peers' connections now, and refuse them from now on. The first frame after connecting lists all."""
+
+    serials: tuple[Serial, ...]
+
+
+class Revoked(KmcToVcm, frozen=True):
+    """Service is off: drop the keys, close everything, end."""
+
+    reason: str
+
+
+class TerminalToKmc(msgspec.Struct, frozen=True, tag_field="type"):
+    """Frames that a terminal sends to the KMC."""
+
+
+class CmkReleased(TerminalToKmc, frozen=True):
+    """step f: the ciphertext CMK and the Ukey share sealed to the card, for one VCM."""
+
+    vcm: VcmId
+    ciphertext_cmk: bytes
+    sealed_ukey_share: bytes
+
+
+class ReleaseRefused(TerminalToKmc, frozen=True):
+    vcm: VcmId
+    code: str
+    message: str
+
+
+class LeaseSigned(TerminalToKmc, frozen=True):
+    lease: Signed
+
+
+class UkeyRemoved(TerminalToKmc, frozen=True):
+    """The Ukey is gone: revoke everything of this consumer at once."""
+
+
+class KmcToTerminal(msgspec.Struct, frozen=True, tag_field="type"):
+    """Frames that the KMC sends to a terminal."""
+
+
+class DownloadSignal(KmcToTerminal, frozen=True):
+    """step f: the CMK download signal. ``log`` continues the log from the sequence the terminal said in ``?since=``."""
+
+    vcm: VcmId
+    mark: bytes
+    card: CardId
+    card_chain: bytes  # PEM, leaf first
+    checkpoint: Signed
+    log: tuple[LogEntry, ...]
+
+
+class LeaseRequested(KmcToTerminal, frozen=True):
+    """The card's nonce, to be signed while the Ukey is seen; the newest checkpoint and log ride along."""
+
+    vcm: VcmId
+    card: CardId
+    nonce: bytes
+    checkpoint: Signed | None = None
+    log: tuple[LogEntry, ...] = ()
+
+
+class TerminalRefused(KmcToTerminal, frozen=True):
+    """The KMC no longer serves this terminal; the connection closes."""
+
+    code: str
+    message: str
+
+
+class ApplicationRequest(Message, frozen=True):
+    """A Ukey-signed ``ApplicationStatement`` and the CSR (DER) whose key it names."""
+
+    statement: Signed
+    csr: bytes

@@ -1,0 +1,25 @@
+"""Every setting of a cloud, in one typed place: default, unit and what it does. Stored in ``cloud.json`` of the state."""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    heartbeat_s: Annotated[float, Meta(gt=0, le=60, description="how often the Ukey signs the lease, seconds")] = 2.0
+    lease_s: Annotated[float, Meta(gt=0, le=3600, description="how long a lease lasts from the card's nonce, seconds")] = 6.0
+    monitor_s: Annotated[float, Meta(gt=0, le=60, description="how often the monitor looks and the scheduler plans, seconds")] = 1.0
+    challenge_s: Annotated[float, Meta(gt=0, le=600, description="how long an identity challenge may be answered, seconds")] = 30.0
+    step_s: Annotated[float, Meta(gt=0, le=600, description="how long one step of a creation or deletion may take, seconds")] = 20.0
+    vcm_certificate_s: Annotated[float, Meta(ge=2, le=86400, description="lifetime of a VCM's certificate, renewed at half, seconds")] = (
+        600.0
+    )
+    process_certificate_days: Annotated[int, Meta(ge=1, le=825, description="lifetime of a platform certificate, days")] = 90
+    application_days: Annotated[int, Meta(ge=1, le=825, description="default lifetime of an application's certificate, days")] = 365
+    vcms_per_machine: Annotated[int, Meta(ge=1, le=4096, description="how many VCMs one cipher machine takes")] = 64
+    vcm_cpus: Annotated[int, Meta(ge=1, le=1024, description="virtual CPUs of a VCM (processors it may run on)")] = 1
+    vcm_memory_mib: Annotated[int, Meta(ge=128, le=1048576, description="virtual memory of a VCM, MiB")] = 1024
+    vcm_files: Annotated[int, Meta(ge=64, le=1048576, description="open files of a VCM")] = 1024
+    argon2_memory_kib: Annotated[int, Meta(ge=8192, description="memory of the PIN's and passphrase's Argon2id, KiB")] = 65536
+    argon2_iterations: Annotated[int, Meta(ge=1, description="passes of the PIN's and passphrase's Argon2id")] = 3

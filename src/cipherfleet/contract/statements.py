@@ -1,0 +1,127 @@
+"""What is signed: one envelope, and the statements that travel in it.
+
+A statement is signed over its exact bytes (DSSE's pre-authentication encoding), and those bytes travel with it, so
+nothing is ever re-encoded before a check. ``channel.signing`` makes and checks signatures; here are only the values.
+"""
+
+from enum import StrEnum
+from typing import ClassVar
+
+import msgspec
+
+from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, VcmId
+
+
+class Signature(msgspec.Struct, frozen=True):
+    """``signer`` is the hex SHA-256 of the signer's SubjectPublicKeyInfo; ``value`` an ECDSA P-256 signature (DER)."""
+
+    signer: str
+    value: bytes
+
+
+class Signed(msgspec.Struct, frozen=True):
+    """A statement's bytes and the signatures over them."""
+
+    kind: str
+    payload: bytes
+    signatures: tuple[Signature, ...] = ()
+
+
+def signing_input(kind: str, payload: bytes) -> bytes:
+    """DSSE PAE: unambiguous over (kind, payload), so a signature over one kind is never valid for another."""
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode(), len(payload), payload)
+
+
+class Statement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all that is signed; ``KIND`` separates the domains."""
+
+    KIND: ClassVar[str] = ""
+
+
+class Purpose(StrEnum):
+    """What the consumer asks for when it proves its identity."""
+
+    BUILD_VCM = "build-vcm"
+    DELETE_VCM = "delete-vcm"
+
+
+class IdentityRequest(Statement, frozen=True):
+    """``auth_identity_request`` + ``build_vcm_request`` or ``delete_vcm_request`` (the paper, creation and deletion step 1)."""
+
+    KIND: ClassVar[str] = "cipherfleet/identity-request/v1"
+    consumer: ConsumerId
+    nonce: bytes
+    purpose: Purpose
+    vcm: VcmId | None = None
+
+
+class LeaseStatement(Statement, frozen=True):
+    """The permission to serve: valid for ``duration_ms`` from the moment the card made ``nonce`` (16 bytes)."""
+
+    KIND: ClassVar[str] = "cipherfleet/lease/v1"
+    consumer: ConsumerId
+    card: CardId
+    vcm: VcmId
+    nonce: bytes
+    duration_ms: int
+
+
+class LoginStatement(Statement, frozen=True):
+    """Creation step 8: the terminal logs in to its VCM instance. ``nonce`` (32 bytes) is what the card must confirm."""
+
+    KIND: ClassVar[str] = "cipherfleet/login/v1"
+    consumer: ConsumerId
+    vcm: VcmId
+    nonce: bytes
+
+
+class Right(StrEnum):
+    """What an application may do in its domain."""
+
+    CREATE = "create"
+    SHOW = "show"
+    MANAGE = "manage"
+    ENCRYPT = "encrypt"
+    DECRYPT = "decrypt"
+    SIGN = "sign"
+    VERIFY = "verify"
+    MAC = "mac"
+    DIGEST = "digest"
+    RANDOM = "random"
+
+
+class ApplicationStatement(Statement, frozen=True):
+    """The consumer signs an application in (``revoked`` signs it out). ``sequence`` grows with every statement."""
+
+    KIND: ClassVar[str] = "cipherfleet/application/v1"
+    consumer: ConsumerId
+    name: ApplicationName
+    public_key_sha256: bytes
+    rights: tuple[Right, ...]
+    not_after: int  # unix seconds
+    sequence: int
+    revoked: bool = False
+
+
+class CheckpointStatement(Statement, frozen=True):
+    """The HSM's word on a consumer's escrow: after ``sequence`` entries the log's head is ``head`` (32 bytes)."""
+
+    KIND: ClassVar[str] = "cipherfleet/checkpoint/v1"
+    consumer: ConsumerId
+    epoch: int
+    sequence: int
+    head: bytes
+
+
+class SealedShare(Statement, frozen=True):
+    """What the terminal seals (HPKE) to one card: never signed, never seen by anyone else."""
+
+    KIND: ClassVar[str] = "cipherfleet/sealed-share/v1"
+    consumer: ConsumerId
+    card: CardId
+    vcm: VcmId
+    ukey_share: bytes  # 32 bytes
+    ukey_public_keys: tuple[bytes, ...]  # SubjectPublicKeyInfo, DER: whose signatures count
+    epoch: int
+    sequence: int  # the newest checkpoint this Ukey has seen: older state is refused
+    head: bytes

@@ -1,0 +1,159 @@
+"""The virtual crypto card: the port between a VCM and the one card that does its cryptography.
+
+A request is a fixed-size descriptor, its parameters (JSON of the operation's struct below) and its data; the answer is a
+completion of the same shape. Whatever carries it (a socket, a ring in shared memory, TLS) implements ``VirtualCryptoCard``.
+
+Long input is a *stream*: ``BEGIN`` with a verb, ``UPDATE`` with data, ``FINISH`` with the last data. ``RUN`` is begin and
+finish in one. Keys are named by *handle*, which is valid on this vCC alone, until ``UNLOAD``, ``DROP`` or the lease's end.
+"""
+
+import struct
+from enum import IntEnum, StrEnum
+from typing import Protocol
+
+import msgspec
+
+from cipherfleet.contract.errors import Malformed
+from cipherfleet.contract.ids import CardId, ConsumerId, KeyId, VcmId
+
+CHUNK_BYTES = 64 * 1024
+MAX_DATA_BYTES = 4 * 1024 * 1024
+MAX_PARAMETER_BYTES = 256 * 1024
+MAX_STREAMS = 256
+
+
+class Operation(IntEnum):
+    """What a descriptor asks for. In comments: parameters -> result (value; parameters; data)."""
+
+    NULL = 0  # -> data echoed length 0
+    DESCRIBE = 1  # -> CardDescription
+    LOAD_CMK = 2  # CmkDelivery -> nothing: both shares are combined in the card, service still waits for a lease
+    LEASE_NONCE = 3  # -> data: 16 bytes, fresh
+    LEASE = 4  # Signed (LeaseStatement: the Ukey's and the KMC's signature) -> LeaseState
+    CONFIRM = 5  # data: 32-byte nonce -> data: 32-byte MAC that only a card with this Ukey's share can make
+    VERIFY_STATEMENT = 6  # Signed -> data: the payload, after the consumer's Ukey signature was checked
+    DROP = 7  # everything of this consumer is zeroised, at once
+    GENERATE = 8  # RowRequest -> value: handle; parameters: EscrowRow (version >= 1)
+    LOAD = 9  # EscrowRow (version >= 1) -> value: handle
+    UNLOAD = 10  # handle
+    SEAL_ATTRIBUTES = 11  # RowRequest (version 0) -> parameters: EscrowRow
+    VERIFY_ATTRIBUTES = 12  # EscrowRow (version 0) -> nothing, or an error
+    RANDOM = 13  # RandomRequest -> data
+    DATA_KEY = 14  # handle, DataKeyRequest -> parameters: b""; value: length of ciphertext; data: ciphertext || plaintext
+    BEGIN = 16  # handle, StreamRequest -> value: stream; data: header when encrypting
+    UPDATE = 17  # stream in ``handle``, data -> data (cipher verbs), else nothing
+    FINISH = 18  # stream in ``handle``, last data -> data: last output, digest, tag or signature
+    ABORT = 19  # stream in ``handle``
+    RUN = 20  # handle, StreamRequest, data -> data: everything at once
+
+
+class Verb(StrEnum):
+    """What a stream does with the data."""
+
+    ENCRYPT = "encrypt"
+    DECRYPT = "decrypt"
+    REENCRYPT = "reencrypt"
+    SIGN = "sign"
+    VERIFY = "verify"
+    MAC = "mac"
+    VERIFY_MAC = "verify-mac"
+    DIGEST = "digest"
+
+
+class StreamRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Parameters of BEGIN and RUN.
+
+    ``UPDATE`` of cipher verbs takes whole chunks: ``CHUNK_BYTES`` of plaintext, or ``CHUNK_BYTES + 16`` of ciphertext, any
+    number of them up to ``MAX_DATA_BYTES``; ``FINISH`` takes the rest (at most one chunk; ciphertext: at least 16 bytes).
+    """
+
+    verb: Verb
+    context: bytes = b""  # authenticated with every chunk, not stored (at most 4 KiB)
+    header: bytes = b""  # DECRYPT, REENCRYPT: the ciphertext's first HEADER_BYTES
+    signature: bytes = b""  # VERIFY, VERIFY_MAC: what to check
+    digest: str = ""  # DIGEST: algorithm name
+    target: int = 0  # REENCRYPT: handle of the new key
+    target_context: bytes = b""
+
+
+class RowRequest(msgspec.Struct, frozen=True):
+    """Parameters of GENERATE and SEAL_ATTRIBUTES: the row to make, but for what the card adds."""
+
+    key: KeyId
+    version: int
+    attributes: bytes
+
+
+class RandomRequest(msgspec.Struct, frozen=True):
+    length: int
+
+
+class DataKeyRequest(msgspec.Struct, frozen=True):
+    length: int  # 16 to 64 bytes
+    plaintext: bool
+    context: bytes = b""
+
+
+class CmkDelivery(msgspec.Struct, frozen=True):
+    """Both shares on their way to one card: RSA-OAEP (SHA-256) from the HSM, HPKE from the terminal."""
+
+    wrapped_hsm_share: bytes
+    sealed_ukey_share: bytes
+
+
+class LeaseState(msgspec.Struct, frozen=True):
+    """``expires_at``: ``CLOCK_BOOTTIME`` of the card's host, seconds."""
+
+    expires_at: float
+    remaining_s: float
+
+
+class CardDescription(msgspec.Struct, frozen=True):
+    """What the vCC says of itself. ``loaded``: both shares are combined."""
+
+    card: CardId
+    vcm: VcmId
+    consumer: ConsumerId
+    loaded: bool
+    serving: bool
+    epoch: int = 0
+    sequence: int = 0
+    head: bytes = b""  # the newest checkpoint the Ukey had seen (from the sealed share)
+    operations: int = 0
+    bytes: int = 0
+    keys: int = 0
+
+
+class Completion(msgspec.Struct, frozen=True):
+    value: int = 0
+    parameters: bytes = b""
+    data: bytes = b""
+
+
+class VirtualCryptoCard(Protocol):
+    """One VCM's share of a card."""
+
+    async def submit(
+        self, operation: Operation, *, handle: int = 0, parameters: bytes = b"", data: "bytes | bytearray | memoryview" = b""
+    ) -> Completion:
+        """Run one operation. Raises the ``CipherfleetError`` that the card answered, or ``CardUnavailable``."""
+        ...
+
+
+DESCRIPTOR = struct.Struct("<HHIQII")
+"""operation (or 0/1 = done/failed in a completion), flags, request number, handle or value, parameter bytes, data bytes."""
+
+
+def encode_request(operation: Operation, number: int, handle: int, parameters: bytes, data_bytes: int) -> bytes:
+    """The descriptor and parameters of a request; the data follows as is."""
+    return DESCRIPTOR.pack(operation, 0, number, handle, len(parameters), data_bytes) + parameters
+
+
+def decode_descriptor(raw: bytes) -> tuple[int, int, int, int, int]:
+    """(operation, number, handle, parameter bytes, data bytes) of a descriptor, bounds checked. Raises ``Malformed``."""
+    if len(raw) != DESCRIPTOR.size:
+        raise Malformed("a descriptor has the wrong size")
+    operation, flags, number, handle, parameter_bytes, data_bytes = DESCRIPTOR.unpack(raw)
+    if flags or parameter_bytes > MAX_PARAMETER_BYTES or data_bytes > MAX_DATA_BYTES + 64 * 1024:
+        raise Malformed("a descriptor is out of bounds")
+    return operation, number, handle, parameter_bytes, data_bytes

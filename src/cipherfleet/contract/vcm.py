@@ -1,0 +1,74 @@
+"""What a VCM gives to the network components it hosts: the port between ``computing`` and ``services``."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from cipherfleet.contract.escrow import KeyState
+from cipherfleet.contract.identities import Peer
+from cipherfleet.contract.ids import ConsumerId, KeyId, VcmId
+from cipherfleet.contract.kmc_api import AuditLog
+from cipherfleet.contract.statements import Right, Signed
+from cipherfleet.contract.vcc import VirtualCryptoCard
+from cipherfleet.contract.vcm_api import KeyDescription, LoginReply
+
+
+class KeyUse(msgspec.Struct, frozen=True):
+    """A key version, loaded into the vCC."""
+
+    key: KeyId
+    version: int
+    algorithm: str
+    handle: int
+
+
+class KeyStore(Protocol):
+    """The consumer's keys as one VCM sees them. Every change is acknowledged only after the escrow has committed it."""
+
+    async def create(self, algorithm: str, *, label: str, actor: str) -> KeyDescription: ...
+
+    async def rotate(self, key: KeyId, *, actor: str) -> KeyDescription: ...
+
+    async def set_state(self, key: KeyId, state: KeyState, *, actor: str) -> KeyDescription: ...
+
+    async def describe(self, key: KeyId) -> KeyDescription:
+        """Raises ``KeyUnknown``; looks at the escrow again before it says so."""
+        ...
+
+    async def list_keys(self) -> Sequence[KeyDescription]: ...
+
+    async def use(self, key: KeyId, *, version: int | None = None) -> KeyUse:
+        """The handle of a version (default: the current one). Raises ``KeyUnknown``, ``KeyDisabled``, ``KeyDeleted``."""
+        ...
+
+
+class VcmHost(Protocol):
+    """One VCM, as its components see it."""
+
+    @property
+    def id(self) -> VcmId: ...
+
+    @property
+    def consumer(self) -> ConsumerId: ...
+
+    @property
+    def card(self) -> VirtualCryptoCard: ...
+
+    @property
+    def keys(self) -> KeyStore: ...
+
+    async def authorise(self, peer: Peer, right: Right) -> None:
+        """That ``peer`` has a Ukey-signed statement granting ``right``.
+
+        Raises ``ApplicationUnknown``, ``ApplicationRevoked``, ``StatementExpired``, ``NotPermitted`` or ``ForeignConsumer``.
+        """
+        ...
+
+    async def login(self, peer: Peer, statement: Signed) -> LoginReply:
+        """Creation step 8. Raises ``ServiceOff`` until CMK and lease are there, ``LoginRefused`` when it may not be."""
+        ...
+
+    async def endpoints(self) -> Sequence[str]: ...
+
+    async def audit(self) -> AuditLog: ...

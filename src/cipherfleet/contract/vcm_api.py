@@ -1,0 +1,62 @@
+"""A VCM as its consumer sees it: messages of the login and of the network components.
+
+::
+
+    terminal     POST /v1/login                             Signed[LoginStatement] -> LoginReply
+    application  the network components: see services.components
+"""
+
+from cipherfleet.contract.ids import CardId, KeyId, VcmId
+from cipherfleet.contract.messages import Message
+
+
+class LoginReply(Message, frozen=True):
+    """``confirmation``: HMAC-SHA-256, keyed from the Ukey share, over "cipherfleet card confirm v1", card, vcm and nonce.
+
+    Until the card holds CMK and lease, the VCM answers 503 ``service-off`` and the terminal asks again.
+    """
+
+    vcm: VcmId
+    card: CardId
+    confirmation: bytes
+    lease_s: float
+
+
+class KeyCreateRequest(Message, frozen=True):
+    algorithm: str
+    label: str = ""
+
+
+class KeyDescription(Message, frozen=True):
+    id: KeyId
+    algorithm: str
+    version: int
+    state: str
+    label: str
+    created_at: float
+    created_by: str
+    uses: tuple[str, ...]
+    versions: tuple[int, ...] = ()
+    public_key: bytes = b""  # SubjectPublicKeyInfo DER of the current version
+
+
+class KeyListReply(Message, frozen=True):
+    keys: tuple[KeyDescription, ...]
+
+
+class DataKeyReply(Message, frozen=True):
+    key: KeyId
+    version: int
+    ciphertext: bytes
+    plaintext: bytes | None = None
+
+
+class SignatureReply(Message, frozen=True):
+    key: KeyId
+    version: int
+    algorithm: str
+    signature: bytes
+
+
+class EndpointsReply(Message, frozen=True):
+    endpoints: tuple[str, ...]
