@@ -50,6 +50,7 @@ class BuildOrder(Message, frozen=True):
     address: str  # host:port the VCM serves on
     isolation: str  # process | domain
     size: VcmSize
+    network_namespace: str = ""  # domain isolation: the namespace (a name of `ip netns`) of this VCM's port
 
 
 class VcmReport(Message, frozen=True):
