@@ -8,6 +8,7 @@ import asyncio
 import ctypes
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -170,3 +171,47 @@ async def start_child(
             raise TimedOut(f"a process was not ready within {timeout:.0f} s, see {log_file}") from exc
         raise
     return child, bytes(report.info)
+
+
+def start_daemon(
+    command: Sequence[str],
+    configuration: object,
+    *,
+    log_file: Path,
+    timeout: float = 30.0,
+    spawned: Callable[[int], object] = lambda _: None,
+) -> bytes:
+    """Start a process of its own session that outlives this one; the JSON it reported once ready.
+
+    ``spawned(pid)`` is called before the child has its configuration, so that no child runs unregistered. Blocking: call it
+    through ``asyncio.to_thread``. Raises as ``start_child`` does.
+    """
+    stdin_read, stdin_write = os.pipe()
+    stdout_read, stdout_write = os.pipe()
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        streams = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate((stdin_read, stdout_write, log))]
+        pid = os.posix_spawn(command[0], list(command), dict(os.environ), file_actions=streams, setsid=True)
+    finally:
+        for descriptor in (stdin_read, stdout_write, log):
+            os.close(descriptor)
+    try:
+        spawned(pid)
+        with os.fdopen(stdin_write, "wb") as stdin, suppress(BrokenPipeError):
+            stdin.write(codec.encode(configuration))
+        with os.fdopen(stdout_read, "rb") as stdout:
+            if not select.select([stdout], [], [], timeout)[0]:
+                raise TimedOut(f"a process was not ready within {timeout:.0f} s, see {log_file}")
+            line = stdout.readline()
+        if not line:
+            raise Internal(f"a process ended before it was ready, see {log_file}")
+        report = codec.decode(line, ReadyLine, what="a child's report")
+        if report.error is not None:
+            raise CipherfleetError.from_body(report.error)
+    except BaseException:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+        raise
+    return bytes(report.info)

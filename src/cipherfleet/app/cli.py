@@ -1,0 +1,47 @@
+"""The command ``cipherfleet``: exit 0 done, 1 failed with one line on standard error, 2 wrong usage."""
+
+import os
+import sys
+
+import typer
+
+from cipherfleet.app import output
+from cipherfleet.app.commands import application, audit, cloud, consumer, data, demo, key, vcm
+from cipherfleet.app.options import Wish
+from cipherfleet.contract.errors import CipherfleetError
+
+app = typer.Typer(
+    name="cipherfleet",
+    help="A cryptography cloud: virtual cipher machines on demand, with the consumer's hand on the key.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command()(cloud.up)
+app.command()(cloud.down)
+app.command()(cloud.status)
+app.add_typer(consumer.app, name="consumer")
+app.command()(consumer.terminal)
+app.add_typer(vcm.app, name="vcm")
+app.add_typer(application.app, name="app")
+app.add_typer(key.app, name="key")
+for command in (data.encrypt, data.decrypt, data.reencrypt, data.sign, data.verify, data.mac, data.digest, data.random):
+    app.command()(command)
+app.command()(audit.algorithms)
+app.add_typer(audit.app, name="audit")
+app.command()(demo.demo)
+
+
+def main() -> None:
+    """Run one command; every error of ours becomes one line, or one JSON document."""
+    try:
+        app()
+    except CipherfleetError as error:
+        output.failure(error, as_json=Wish.json)
+        sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

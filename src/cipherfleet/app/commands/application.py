@@ -1,0 +1,148 @@
+"""Applications: signed in by the consumer's Ukey, listed and revoked, and run inside the security domain."""
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from cipherfleet.app import output
+from cipherfleet.app.options import Json, PinFile, State, UkeyFolder, read_pin, run
+from cipherfleet.app.wiring import Cloud
+from cipherfleet.channel.certificates import write_private
+from cipherfleet.contract.errors import ApplicationUnknown, FileProblem, IsolationUnavailable, Malformed
+from cipherfleet.contract.ids import ApplicationName, is_slug
+from cipherfleet.contract.kmc_api import ApplicationEntry, ApplicationList
+from cipherfleet.contract.management_api import DomainInfo
+from cipherfleet.contract.profile import Profile
+from cipherfleet.contract.settings import Settings
+from cipherfleet.contract.statements import Right
+from cipherfleet.terminal.applications import sign_in
+from cipherfleet.terminal.ukey import DirectoryUkey
+
+app = typer.Typer(help="Applications: add, list, revoke, exec.", no_args_is_help=True)
+
+NameArgument = Annotated[str, typer.Argument(help="The application's name: a-z, 0-9, dash; at most 32.")]
+ConsumerOption = Annotated[str | None, typer.Option(help="Whose (needed when two consumers use the same name).")]
+
+
+@app.command()
+def add(
+    name: NameArgument,
+    ukey: UkeyFolder,
+    out: Annotated[Path, typer.Option(help="Where the profile goes (mode 0600).")],
+    pin_file: PinFile = None,
+    csr: Annotated[Path | None, typer.Option(help="The application's own certificate request, PEM or DER; its key stays with it.")] = None,
+    allow: Annotated[str, typer.Option(help=f"Rights, comma separated: {', '.join(Right)}; or all.")] = "all",
+    days: Annotated[int, typer.Option(min=1, max=825, help="How long the certificate is valid.")] = Settings().application_days,
+    json: Json = False,
+) -> None:
+    """Sign an application in with the Ukey and write its profile: endpoints, trust, certificate, key."""
+    if not is_slug(name):
+        raise Malformed(f"{name!r} cannot name an application", "use 1 to 32 of a-z, 0-9 and dash")
+    request = _read(csr) if csr else None
+    rights = _rights(allow)
+    pin = read_pin(pin_file)
+
+    async def work() -> Profile:
+        with DirectoryUkey.open(ukey, pin) as opened:
+            return await sign_in(opened, ApplicationName(name), rights, days, request)
+
+    profile = run(work())
+    try:
+        write_private(out, msgspec.json.format(msgspec.json.encode(profile), indent=1))
+    except OSError as exc:
+        raise FileProblem(f"cannot write {out}: {exc.strerror}") from exc
+    if json:
+        shown = {"application": profile.application, "consumer": profile.consumer, "profile": str(out)}
+        output.document({**shown, "rights": profile.rights, "endpoints": profile.endpoints, "not_after": profile.not_after})
+    else:
+        output.screen.print(f"{name} of {profile.consumer} is signed in; its profile is {out}")
+
+
+@app.command("list")
+def list_(state: State = None, json: Json = False) -> None:  # type: ignore[assignment]
+    """All applications of all consumers."""
+    entries = run(_entries(Cloud(state)))
+    if json:
+        output.document(entries)
+    else:
+        rows = [(a.name, a.consumer, a.state, ", ".join(a.rights), datetime.fromtimestamp(a.not_after, UTC).date()) for a in entries]
+        output.table("applications", ("name", "consumer", "state", "rights", "until"), rows)
+
+
+@app.command()
+def revoke(name: NameArgument, state: State = None, consumer: ConsumerOption = None, json: Json = False) -> None:  # type: ignore[assignment]
+    """Revoke an application's certificate, at once and for open connections too."""
+
+    async def work() -> ApplicationEntry:
+        cloud = Cloud(state)
+        entry = await _one(cloud, name, consumer)
+        async with cloud.kmc() as kmc:
+            await kmc.call("POST", f"/v1/applications/{entry.consumer}/{entry.name}/revoke")
+        return entry
+
+    entry = run(work())
+    if json:
+        output.document({"application": entry.name, "consumer": entry.consumer, "state": "revoked"})
+    else:
+        output.screen.print(f"{entry.name} of {entry.consumer} is revoked")
+
+
+@app.command("exec", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
+def exec_(
+    context: typer.Context,
+    name: NameArgument,
+    state: State = None,  # type: ignore[assignment]
+    consumer: ConsumerOption = None,
+) -> None:
+    """Run a command inside the application's security domain (cloud with --isolation domain, as root)."""
+    command = context.args[1:] if context.args[:1] == ["--"] else context.args
+    if not command:
+        raise Malformed("there is no command to run", "cipherfleet app exec NAME -- CMD")
+    cloud = Cloud(state)
+    record = cloud.record
+    if record.isolation != "domain":
+        raise IsolationUnavailable("this cloud has no security domains of its own", "start it with --isolation domain")
+
+    async def find() -> DomainInfo:
+        entry = await _one(cloud, name, consumer)
+        async with cloud.management() as management:
+            return await management.call("PUT", f"/v1/consumers/{entry.consumer}", reply=DomainInfo)
+
+    index = int(run(find()).subnet.split(".")[2]) - 1
+    namespace = f"cf{record.network}d{index}a"
+    if not Path("/run/netns", namespace).exists():
+        raise IsolationUnavailable(f"the security domain of {name} is not there now", "it exists while the consumer has a VCM")
+    os.execvp("ip", ["ip", "netns", "exec", namespace, *command])
+
+
+async def _entries(cloud: Cloud) -> tuple[ApplicationEntry, ...]:
+    async with cloud.kmc() as kmc:
+        return (await kmc.call("GET", "/v1/applications", reply=ApplicationList)).applications
+
+
+async def _one(cloud: Cloud, name: str, consumer: str | None) -> ApplicationEntry:
+    found = [a for a in await _entries(cloud) if a.name == name and consumer in (None, a.consumer)]
+    if len({a.consumer for a in found}) != 1:
+        hint = "say whose with --consumer" if found else "see: cipherfleet app list"
+        raise ApplicationUnknown(f"{len(found)} applications are called {name!r}", hint)
+    return found[-1]
+
+
+def _rights(text: str) -> tuple[Right, ...]:
+    if text == "all":
+        return tuple(Right)
+    try:
+        return tuple(Right(part.strip()) for part in text.split(","))
+    except ValueError as exc:
+        raise Malformed(f"{text!r} names a right that does not exist", f"rights are: {', '.join(Right)}") from exc
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise FileProblem(f"cannot read {path}: {exc.strerror}") from exc

@@ -1,0 +1,109 @@
+"""Enrolling consumers (the operator) and plugging the Ukey in (the consumer)."""
+
+import asyncio
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from cipherfleet.app import output
+from cipherfleet.app.options import Json, PinFile, State, UkeyFolder, read_pin, run
+from cipherfleet.app.wiring import Cloud
+from cipherfleet.contract.errors import Malformed
+from cipherfleet.contract.ids import ConsumerId, is_slug
+from cipherfleet.contract.kmc_api import ConsumerList
+from cipherfleet.terminal.enrol import EnrolResult, enrol
+from cipherfleet.terminal.process import main as terminal_main
+
+app = typer.Typer(help="Consumers: enroll, list.", no_args_is_help=True)
+
+
+@app.command()
+def enroll(
+    name: Annotated[str, typer.Argument(help="The consumer's name: a-z, 0-9, dash; at most 32.")],
+    ukey: UkeyFolder,
+    pin_file: PinFile = None,
+    state: State = None,  # type: ignore[assignment]
+    json: Json = False,
+) -> None:
+    """Enrol a consumer and write its Ukey."""
+    if not is_slug(name):
+        raise Malformed(f"{name!r} cannot name a consumer", "use 1 to 32 of a-z, 0-9 and dash")
+    cloud = Cloud(state)
+    record = cloud.record
+    pin = read_pin(pin_file, confirm=True)
+
+    async def work() -> EnrolResult:
+        async with cloud.kmc() as kmc, cloud.management() as management:
+            return await enrol(
+                kmc,
+                management,
+                ConsumerId(name),
+                Path(ukey),
+                pin,
+                kmc_url=cloud.kmc_url,
+                management_url=cloud.management_url,
+                settings=record.settings,
+            )
+
+    with output.working(f"enrolling {name}", quiet=json):
+        result = run(work())
+    if json:
+        output.document(result)
+    else:
+        output.screen.print(f"{name} is enrolled; its Ukey is {ukey}. Plug it in with: cipherfleet terminal --ukey {ukey}")
+
+
+@app.command("list")
+def list_(state: State = None, json: Json = False) -> None:  # type: ignore[assignment]
+    """All consumers."""
+
+    async def ask() -> ConsumerList:
+        async with Cloud(state).kmc() as kmc:
+            return await kmc.call("GET", "/v1/consumers", reply=ConsumerList)
+
+    consumers = run(ask()).consumers
+    if json:
+        output.document(consumers)
+    else:
+        rows = [(c.name, c.state, c.keys, c.applications) for c in consumers]
+        output.table("consumers", ("name", "state", "keys", "applications"), rows)
+
+
+def terminal(
+    ukey: UkeyFolder,
+    pin_file: PinFile = None,
+    state: State = None,  # type: ignore[assignment]
+    detach: Annotated[bool, typer.Option("--detach", help="Return once the service is on.")] = False,
+    json: Json = False,
+) -> None:
+    """Plug the Ukey in: the service is on until it goes."""
+    pin = read_pin(pin_file)
+    cloud = Cloud(state)
+
+    def on(info: bytes) -> None:
+        said = msgspec.json.decode(info)
+        if json:
+            output.document({"service": "on", **said})
+        else:
+            output.screen.print(f"service [green]ON[/] for {said['consumer']}: {said['vcm']} at {said['endpoint']}")
+
+    if detach:
+        with output.working("asking for service", quiet=json):
+            info = run(cloud.start_terminal(Path(ukey), pin))
+        on(info)
+        return
+    if not json:
+        output.errors.print("pull the Ukey (rename or remove its folder) or press Ctrl-C to turn the service off")
+    run(_hold(cloud, Path(ukey), pin, on))
+
+
+async def _hold(cloud: Cloud, ukey: Path, pin: str, on: Callable[[bytes], None]) -> None:
+    """The agent in this process, until Ctrl-C."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await terminal_main(cloud.terminal_config(ukey, pin), lambda info: on(msgspec.json.encode(info)), stop)

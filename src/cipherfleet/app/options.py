@@ -1,0 +1,84 @@
+"""Options that many commands share, and where their values come from."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from cipherfleet.app.wiring import Cloud, default_state
+from cipherfleet.contract.errors import FileProblem, PinWrong
+
+T = TypeVar("T")
+
+PIN_BYTES = 4 * 64 + 2
+
+
+class Wish:
+    """What the user asked of the output; set while options are parsed, so that errors obey it too."""
+
+    json = False
+
+
+def _remember_json(value: bool) -> bool:
+    Wish.json = Wish.json or value
+    return value
+
+
+def _state(value: Path | None) -> Path:
+    return value or default_state()
+
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.", callback=_remember_json, is_eager=True)]
+State = Annotated[
+    Path,
+    typer.Option(
+        "--state",
+        help="The cloud's folder (default: $CIPHERFLEET_STATE, else ~/.local/state/cipherfleet).",
+        callback=_state,
+        show_default=False,
+    ),
+]
+ProfileFile = Annotated[
+    Path, typer.Option("--profile", envvar="CIPHERFLEET_PROFILE", help="The application's profile, from `cipherfleet app add`.")
+]
+UkeyFolder = Annotated[Path, typer.Option("--ukey", help="The Ukey: a folder that stands for the USB key.")]
+PinFile = Annotated[
+    Path | None,
+    typer.Option("--pin-file", help="File whose first line is the PIN ('-': standard input); default: ask.", show_default=False),
+]
+
+
+def cloud(state: Path) -> Cloud:
+    return Cloud(state)
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run one command's coroutine."""
+    return asyncio.run(work)
+
+
+def read_pin(file: Path | None, *, confirm: bool = False) -> str:
+    """The PIN from a file, a descriptor (``/dev/fd/N``), standard input, or a prompt; never from argv or the environment.
+
+    Raises ``PinWrong`` or ``FileProblem``.
+    """
+    if file is None:
+        if not sys.stdin.isatty():
+            raise PinWrong("no PIN was given and there is nobody to ask", "give it with --pin-file")
+        typed: str = typer.prompt("PIN", hide_input=True, confirmation_prompt=confirm, err=True)
+        return typed
+    try:
+        if str(file) == "-":
+            raw = sys.stdin.buffer.readline(PIN_BYTES)
+        else:
+            with file.open("rb") as source:
+                raw = source.readline(PIN_BYTES)
+        return raw.decode().rstrip("\r\n")
+    except OSError as exc:
+        raise FileProblem(f"cannot read the PIN from {file}: {os.strerror(exc.errno or 0)}") from exc
+    except UnicodeDecodeError as exc:
+        raise PinWrong(f"the PIN in {file} is not text") from exc

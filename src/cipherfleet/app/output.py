@@ -1,0 +1,74 @@
+"""How commands speak: tables and progress to a person, one JSON document to a program."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+from rich.table import Table
+
+from cipherfleet.contract.errors import CipherfleetError
+
+screen = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def document(value: object) -> None:
+    """One JSON document on standard output; bytes as base64."""
+    sys.stdout.write(json.dumps(msgspec.to_builtins(value), indent=None) + "\n")
+    sys.stdout.flush()
+
+
+def failure(error: CipherfleetError, *, as_json: bool) -> None:
+    """An error: the document on standard output, and always one line on standard error."""
+    if as_json:
+        document(error.to_reply())
+    hint = f" ({error.hint})" if error.hint else ""
+    errors.print(f"[bold red]cipherfleet:[/] {error.code}: {error.message}{hint}", soft_wrap=True, markup=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table, or a line that says there is nothing."""
+    listed = [[str(cell) for cell in row] for row in rows]
+    if not listed:
+        screen.print(f"no {title}")
+        return
+    drawn = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        drawn.add_column(column, overflow="fold")
+    for row in listed:
+        drawn.add_row(*row)
+    screen.print(drawn)
+
+
+@contextmanager
+def working(text: str, *, quiet: bool) -> Iterator[Any]:
+    """A spinner while something takes its time; ``update(text)`` says what it is at."""
+    if quiet or not errors.is_terminal:
+        yield lambda _text: None
+        return
+    with errors.status(text) as status:
+        yield lambda now: status.update(f"{text}: {now}")
+
+
+@contextmanager
+def transfer(text: str, total: int | None, *, quiet: bool) -> Iterator[Any]:
+    """A progress bar over bytes; ``advance(n)`` moves it."""
+    if quiet or not errors.is_terminal:
+        yield lambda _bytes: None
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda n: bar.advance(task, n)

@@ -1,0 +1,409 @@
+"""A whole crypto cloud on this machine: what is started, in which order, with whose certificates.
+
+This module alone names concrete classes. ``Cloud.up`` is idempotent: it starts what is missing and leaves alone what runs,
+so it is also the way back after any process was killed.
+"""
+
+import asyncio
+import errno
+import fcntl
+import ipaddress
+import os
+import random
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import msgspec
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from cipherfleet.channel import codec
+from cipherfleet.channel.certificates import Credentials, key_to_pem, make_request, new_key, write_private
+from cipherfleet.channel.client import Caller
+from cipherfleet.channel.process import ProcessEntry, register, running, start_daemon
+from cipherfleet.computing.machine import MachineConfig
+from cipherfleet.contract.errors import (
+    CipherfleetError,
+    Conflict,
+    DiskFull,
+    Exists,
+    FileProblem,
+    IsolationUnavailable,
+    KmcUnavailable,
+    ManagementUnavailable,
+    NotRunning,
+    StateNewer,
+    StateNotWritable,
+    TimedOut,
+)
+from cipherfleet.contract.identities import Identity, Role
+from cipherfleet.contract.ids import MachineId
+from cipherfleet.contract.management_api import MachineRegistration, PlatformStatus
+from cipherfleet.contract.messages import CertificateRequest, Chain
+from cipherfleet.contract.settings import Settings
+from cipherfleet.kmc.process import HsmConfig, KmcConfig, KmcReady
+from cipherfleet.management.drivers.local_domain import sweep_network
+from cipherfleet.management.process import ManagementConfig
+from cipherfleet.terminal.process import TerminalConfig
+
+STATE_VERSION = 1
+PORT = 7443
+SHUTDOWN_S = 5.0
+_ORDER = ("terminal", "vcm", "management", "machine", "card", "kmc", "hsm")
+
+Progress = Callable[[str], None]
+
+
+class CloudRecord(msgspec.Struct, frozen=True):
+    """``cloud.json``: what a cloud is. ``network`` is the second octet of all its addresses."""
+
+    version: int
+    network: int
+    isolation: str
+    machines: int
+    settings: Settings = Settings()
+    passphrase_file: str = ""
+
+
+class CloudStatus(msgspec.Struct, frozen=True):
+    state: str
+    ready: bool
+    processes: tuple[ProcessEntry, ...]
+    platform: PlatformStatus | None
+
+
+def default_state() -> Path:
+    """``$CIPHERFLEET_STATE``, else ``~/.local/state/cipherfleet``."""
+    configured = os.environ.get("CIPHERFLEET_STATE")
+    return Path(configured) if configured else Path.home() / ".local" / "state" / "cipherfleet"
+
+
+class Cloud:
+    """The cloud whose state is the folder ``state``."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state.absolute()
+        self.run_folder = self.state / "run"
+
+    # -- what it is ----------------------------------------------------------------------------------------------------
+
+    @property
+    def record(self) -> CloudRecord:
+        """Raises ``NotRunning`` when there is no cloud here, ``StateNewer`` when it is not ours to read."""
+        path = self.state / "cloud.json"
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError as exc:
+            raise NotRunning(f"there is no cloud in {self.state}") from exc
+        except OSError as exc:
+            raise FileProblem(f"cannot read {path}: {exc.strerror}") from exc
+        version = codec.decode(raw, dict[str, object], what=str(path)).get("version")
+        if not isinstance(version, int) or version > STATE_VERSION:
+            raise StateNewer(f"{self.state} has version {version}, this program knows {STATE_VERSION}")
+        return codec.decode(raw, CloudRecord, what=str(path))
+
+    @property
+    def kmc_url(self) -> str:
+        return f"https://127.{self.record.network}.0.1:{PORT}"
+
+    @property
+    def management_url(self) -> str:
+        return f"https://127.{self.record.network}.0.2:{PORT}"
+
+    def kmc(self) -> Caller:
+        """The operator's way to the KMC."""
+        return Caller(self.kmc_url, Identity(Role.KMC, "kmc").dns_name, self._operator(), KmcUnavailable)
+
+    def management(self) -> Caller:
+        """The operator's way to the management platform."""
+        name = Identity(Role.MANAGEMENT, "management").dns_name
+        return Caller(self.management_url, name, self._operator(), ManagementUnavailable, timeout=120)
+
+    def processes(self) -> list[ProcessEntry]:
+        return running(self.run_folder) if self.run_folder.is_dir() else []
+
+    async def status(self) -> CloudStatus:
+        """Who runs and what the platform says. ``ready`` when every process of the platform is there and answers."""
+        record, processes = self.record, tuple(self.processes())
+        roles = [p.role for p in processes]
+        complete = {"hsm", "kmc", "management"} <= set(roles) and roles.count("machine") == record.machines == roles.count("card")
+        platform = None
+        if "management" in roles:
+            with suppress(CipherfleetError):
+                async with self.management() as management:
+                    platform = await management.call("GET", "/v1/status", reply=PlatformStatus, timeout=5)
+        return CloudStatus(str(self.state), complete and platform is not None, processes, platform)
+
+    # -- up and down ---------------------------------------------------------------------------------------------------
+
+    async def up(
+        self,
+        *,
+        machines: int | None = None,
+        isolation: str | None = None,
+        passphrase_file: Path | None = None,
+        settings: Settings | None = None,
+        progress: Progress = lambda _: None,
+    ) -> None:
+        """Start what does not run. Raises what hindered it; processes that already ran stay."""
+        with self._writable(), self._lock():
+            record = self._settle(machines, isolation, passphrase_file, settings)
+            alive = {(p.role, p.id) for p in self.processes()}
+            if ("hsm", "hsm") not in alive:
+                progress("HSM")
+                config = HsmConfig(str(self._folder("hsm")), str(self._hsm_socket), self._passphrase(record), record.settings)
+                await self._start("hsm", "hsm", config)
+            if ("kmc", "kmc") not in alive or not self._credentials("operator").is_dir():
+                progress("key management center")
+                await self._start_kmc(record)
+            if ("management", "management") not in alive:
+                progress("management platform")
+                await self._start_management(record)
+            names = [MachineId(f"m{n}") for n in range(1, record.machines + 1)]
+            missing = [name for name in names if ("machine", name) not in alive]
+            if missing:
+                progress(f"{len(missing)} cipher machine{'s' if len(missing) > 1 else ''} with crypto cards")
+                await asyncio.gather(*(self._start_machine(record, name) for name in missing))
+            await self._wait_ready(names)
+
+    async def down(self) -> int:
+        """Stop every process of this cloud; how many were stopped. Stopping what is stopped succeeds."""
+        if not self.run_folder.is_dir():
+            return 0
+        with self._lock():
+            stopped = 0
+            network = self.record.network
+            for role in _ORDER:
+                entries = [p for p in self.processes() if p.role == role]
+                stopped += len(entries)
+                await _end(entries)
+            for path in self.run_folder.glob("*.json"):
+                path.unlink(missing_ok=True)
+            if self.record.isolation == "domain":
+                await sweep_network(network)
+            return stopped
+
+    def terminal_config(self, ukey: Path, pin: str) -> TerminalConfig:
+        return TerminalConfig(str(ukey.absolute()), pin, str(self.run_folder), self.record.settings)
+
+    async def start_terminal(self, ukey: Path, pin: str, *, timeout: float = 60.0) -> bytes:
+        """A consumer's terminal agent in the background; the JSON it reports once the service is on."""
+        config = self.terminal_config(ukey, pin)
+        log = self._folder("logs") / f"terminal-{ukey.name}.log"
+        return await asyncio.to_thread(start_daemon, _command("terminal"), config, log_file=log, timeout=timeout)
+
+    # -- starting ------------------------------------------------------------------------------------------------------
+
+    def _settle(self, machines: int | None, isolation: str | None, passphrase_file: Path | None, settings: Settings | None) -> CloudRecord:
+        """The record of this cloud: made at the first ``up``, later only the number of machines may grow."""
+        path = self.state / "cloud.json"
+        if not path.exists():
+            if isolation == "domain" and os.geteuid() != 0:
+                raise IsolationUnavailable("--isolation domain needs root", "use --isolation process, which needs none")
+            record = CloudRecord(
+                STATE_VERSION,
+                _free_network(),
+                isolation or "process",
+                machines or 2,
+                settings or Settings(),
+                str(passphrase_file.absolute()) if passphrase_file else "",
+            )
+        else:
+            record = self.record
+            if isolation is not None and isolation != record.isolation:
+                raise Exists(f"this cloud was made with --isolation {record.isolation}", "use another --state")
+            if machines is not None and machines < record.machines:
+                raise Conflict(f"this cloud has {record.machines} machines", "machines can be added, not removed")
+            record = msgspec.structs.replace(record, machines=machines or record.machines)
+            if passphrase_file is not None:
+                record = msgspec.structs.replace(record, passphrase_file=str(passphrase_file.absolute()))
+        write_private(path, codec.encode(record))
+        return record
+
+    def _passphrase(self, record: CloudRecord) -> str:
+        """The operator's file, or one made here: good for trying out, the docs say what to do for real."""
+        path = Path(record.passphrase_file) if record.passphrase_file else self._folder("hsm") / "passphrase"
+        if not record.passphrase_file and not path.exists():
+            write_private(path, secrets.token_urlsafe(32).encode())
+        try:
+            return path.read_text().strip()
+        except OSError as exc:
+            raise FileProblem(f"cannot read the HSM's passphrase from {path}: {exc.strerror}") from exc
+
+    async def _start(self, role: str, name: str, config: object) -> bytes:
+        log = self._folder("logs") / f"{role}-{name}.log"
+        spawned = partial(register, self.run_folder, role, name)
+        return await asyncio.to_thread(start_daemon, _command(role), config, log_file=log, spawned=spawned)
+
+    async def _start_kmc(self, record: CloudRecord) -> None:
+        await _end([p for p in self.processes() if p.role == "kmc"])  # one whose start was interrupted told nobody who the operator is
+        folder = self._credentials("operator")
+        try:
+            key_pem = (folder / "key.pem").read_bytes()
+        except FileNotFoundError:
+            key_pem = key_to_pem(new_key())
+        csr = make_request(_load_key(key_pem), Identity(Role.OPERATOR, "operator"))
+        address = f"127.{record.network}.0.1:{PORT}"
+        config = KmcConfig(str(self._folder("kmc")), address, str(self._hsm_socket), csr, record.settings)
+        ready = codec.decode(await self._start("kmc", "kmc", config), KmcReady)
+        Credentials(key_pem, ready.operator.chain, ready.operator.trust).save(folder)
+
+    async def _start_management(self, record: CloudRecord) -> None:
+        credentials = await self._certify(Role.MANAGEMENT, "management", f"127.{record.network}.0.2")
+        await self._start(
+            "management",
+            "management",
+            ManagementConfig(
+                str(self._folder("management")),
+                f"127.{record.network}.0.2:{PORT}",
+                credentials,
+                self.kmc_url,
+                record.isolation,
+                record.network,
+                record.settings,
+            ),
+        )
+
+    async def _start_machine(self, record: CloudRecord, name: MachineId) -> None:
+        address = f"127.{record.network}.1.{name[1:]}"
+        credentials = await self._certify(Role.MACHINE, name, address)
+        config = MachineConfig(
+            id=name,
+            state=str(self._folder("machines") / name),
+            address=f"{address}:{PORT}",
+            credentials=credentials,
+            kmc_url=self.kmc_url,
+            run_folder=str(self.run_folder),
+            isolation=record.isolation,
+            settings=record.settings,
+        )
+        await self._start("machine", name, config)
+        async with self.management() as management:
+            await management.call("PUT", f"/v1/machines/{name}", MachineRegistration(f"https://{address}:{PORT}"))
+
+    async def _certify(self, role: Role, name: str, address: str) -> Credentials:
+        """The certificate of a platform process, renewed here when a third of its life or less is left."""
+        folder = self._credentials(name)
+        with suppress(FileNotFoundError, CipherfleetError):
+            credentials = Credentials.load(folder)
+            if credentials.not_after - time.time() > self.record.settings.process_certificate_days * 86400 / 3:
+                return credentials
+        key = new_key()
+        request = CertificateRequest(make_request(key, Identity(role, name)), (address,))
+        async with self.kmc() as kmc:
+            chain = await kmc.call("POST", f"/v1/certificates/{role}/{name}", request, reply=Chain)
+        credentials = Credentials(key_to_pem(key), chain.chain, chain.trust)
+        credentials.save(folder)
+        return credentials
+
+    async def _wait_ready(self, names: list[MachineId]) -> None:
+        async with self.management() as management:
+            async for _ in _until(20.0, "the cipher machines to report"):
+                platform = await management.call("GET", "/v1/status", reply=PlatformStatus)
+                if {m.id for m in platform.machines if m.state == "up" and m.card is not None} >= set(names):
+                    return
+
+    # -- folders -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _hsm_socket(self) -> Path:
+        return self._folder("hsm") / "hsm.sock"
+
+    def _folder(self, name: str) -> Path:
+        path = self.state / name
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return path
+
+    def _credentials(self, name: str) -> Path:
+        return self._folder("credentials") / name
+
+    def _operator(self) -> Credentials:
+        try:
+            return Credentials.load(self._credentials("operator"))
+        except FileNotFoundError as exc:
+            raise NotRunning(f"there is no operator of a cloud in {self.state}") from exc
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        """The seam for the file system's own faults."""
+        try:
+            self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.run_folder.mkdir(mode=0o700, exist_ok=True)
+            if not os.access(self.state, os.W_OK):
+                raise StateNotWritable(f"{self.state} is not writable", "choose another folder with --state")
+            yield
+        except OSError as exc:
+            if exc.errno == errno.ENOSPC:
+                raise DiskFull(f"no space left for {self.state}") from exc
+            raise StateNotWritable(f"cannot write {self.state}: {exc.strerror}", "choose another folder with --state") from exc
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """One ``up`` or ``down`` at a time."""
+        with (self.state / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _command(role: str) -> list[str]:
+    return [sys.executable, "-m", "cipherfleet.app.roles", role]
+
+
+def _load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    key = load_pem_private_key(pem, None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise FileProblem("the operator's key is not an EC key")
+    return key
+
+
+def _free_network() -> int:
+    """A network number none of whose platform addresses is in use."""
+    numbers = list(range(16, 255))
+    random.SystemRandom().shuffle(numbers)
+    for number in numbers:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((str(ipaddress.IPv4Address(f"127.{number}.0.1")), PORT))
+            return number
+    raise FileProblem("every network number of this machine is in use")
+
+
+async def _until(seconds: float, what: str) -> AsyncIterator[None]:
+    """Ticks of 50 ms until ``seconds`` have passed. Raises ``TimedOut``."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        yield
+        await asyncio.sleep(0.05)
+    raise TimedOut(f"waited {seconds:.0f} s for {what}")
+
+
+async def _end(entries: list[ProcessEntry]) -> None:
+    """SIGTERM, then SIGKILL, for exactly these processes."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for entry in entries:
+            if entry.alive:
+                with suppress(ProcessLookupError):
+                    os.kill(entry.pid, number)
+        end = time.monotonic() + SHUTDOWN_S
+        while time.monotonic() < end and any(e.alive for e in entries):
+            await asyncio.sleep(0.02)
+    for entry in entries:
+        with suppress(ChildProcessError):
+            os.waitpid(entry.pid, os.WNOHANG)
+
+
+@asynccontextmanager
+async def temporary_cloud(folder: Path, **options: object) -> AsyncIterator[Cloud]:
+    """A cloud that is gone when the block ends, whatever happens."""
+    cloud = Cloud(folder)
+    try:
+        await cloud.up(**options)  # type: ignore[arg-type]
+        yield cloud
+    finally:
+        await cloud.down()
