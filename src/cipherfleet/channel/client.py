@@ -1,7 +1,10 @@
 """The client's side of the channel: call a peer by its name, get a message or the error it sent."""
 
 import asyncio
+import errno
+import io
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Self, TypeVar
@@ -60,6 +63,7 @@ class Caller:
         self.url = url.rstrip("/")
         self._name = server_name
         self._context = tls.client_context(credentials)
+        self._not_after = credentials.not_after
         self._unavailable = unavailable
         self._relay = relay
         self._timeout = timeout
@@ -78,14 +82,15 @@ class Caller:
 
     def renew(self, credentials: Credentials) -> None:
         tls.renew(self._context, credentials)
+        self._not_after = credentials.not_after
 
     async def call(
         self, method: str, path: str, body: object | None = None, *, reply: type[T] | None = None, timeout: float | None = None
     ) -> T:
         """One request. Raises the error the peer sent, ``unavailable``, ``TimedOut`` or a certificate error."""
-        data = None if body is None else codec.encode(body)
+        data = None if body is None else io.BytesIO(codec.encode(body))
         limit = aiohttp.ClientTimeout(total=self._timeout if timeout is None else timeout)
-        with _seam(self._unavailable, self.url):
+        with self._seam():
             async with self._open().request(
                 method, self.url + path, data=data, timeout=limit, ssl=self._context, server_hostname=self._name
             ) as response:
@@ -97,7 +102,7 @@ class Caller:
     @asynccontextmanager
     async def frames(self, path: str, receives: Any) -> AsyncIterator[Frames[Any, Any]]:
         """A channel of frames; ``receives`` is the base class of what the server sends."""
-        with _seam(self._unavailable, self.url):
+        with self._seam():
             socket = await self._open().ws_connect(
                 self.url + path,
                 ssl=self._context,
@@ -110,6 +115,12 @@ class Caller:
         finally:
             await socket.close()
 
+    def _seam(self) -> "_Seam":
+        # A server that refuses our certificate resets the connection before its alert can be read, so look ourselves first.
+        if self._not_after < time.time():
+            raise CertificateExpired("our own certificate has expired")
+        return _Seam(self._unavailable, self.url)
+
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None or self._session.closed:
             connector: BaseConnector | None = None
@@ -119,7 +130,7 @@ class Caller:
         return self._session
 
 
-class _seam:  # noqa: N801 - reads as a statement
+class _Seam:
     """Maps what the transport raises to our tree."""
 
     def __init__(self, unavailable: type[ServiceUnavailable], where: str) -> None:
@@ -142,6 +153,8 @@ def transport_error(exc: BaseException, unavailable: type[ServiceUnavailable], w
         return CertificateExpired(f"{where}: the handshake was refused, a certificate has expired")
     if "alert" in text or "certificate" in text or isinstance(exc, ssl.SSLError):
         return CertificateInvalid(f"{where}: the handshake was refused")
+    if isinstance(exc, (ConnectionResetError, aiohttp.ServerDisconnectedError)) or getattr(exc, "errno", None) == errno.ECONNRESET:
+        return unavailable(f"{where} closed the connection", "the service ended, or it does not accept this certificate")
     return unavailable(f"{where} cannot be reached")
 
 

@@ -44,5 +44,12 @@ class Frames(Generic[In, Out]):
             else:
                 break
 
+    @property
+    def response(self) -> web.StreamResponse:
+        """What a handler returns for a channel that has ended."""
+        if not isinstance(self.socket, web.WebSocketResponse):
+            raise RuntimeError("only a server answers with its channel")  # noqa: TRY004
+        return self.socket
+
     async def close(self) -> None:
         await self.socket.close()
