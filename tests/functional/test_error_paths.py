@@ -1,0 +1,217 @@
+"""What goes wrong is said in one clear line with a stable code, and nothing is lost."""
+
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support import PIN, QUICK, Consumer, Result, TestCloud, command
+
+
+def failed(result: Result, code: str) -> None:
+    """Exit 1, the document on standard output, one line without a traceback on standard error."""
+    assert result.status == 1, result
+    assert result.document["error"]["code"] == code
+    assert result.document["error"]["message"]
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def pin(tmp_path: Path) -> Path:
+    path = tmp_path / "pin"
+    path.write_text(PIN + "\n")
+    return path
+
+
+def test_a_wrong_pin(shared_cloud: TestCloud, consumer: Consumer, tmp_path: Path) -> None:
+    (tmp_path / "wrong").write_text("9999-wrong\n")
+    state = shared_cloud.cloud.state
+    failed(
+        command("terminal", "--ukey", consumer.ukey, "--pin-file", tmp_path / "wrong", "--detach", "--json", "--state", state), "pin-wrong"
+    )
+    failed(
+        command("app", "add", "x", "--ukey", consumer.ukey, "--pin-file", tmp_path / "wrong", "--out", tmp_path / "p", "--json"),
+        "pin-wrong",
+    )
+    assert not (tmp_path / "p").exists()
+
+
+def test_no_ukey(shared_cloud: TestCloud, pin: Path, tmp_path: Path) -> None:
+    state = shared_cloud.cloud.state
+    failed(command("terminal", "--ukey", tmp_path / "none", "--pin-file", pin, "--detach", "--json", "--state", state), "ukey-absent")
+
+
+def test_a_vcm_without_a_ukey(shared_cloud: TestCloud, consumer: Consumer) -> None:
+    failed(command("vcm", "create", "--consumer", consumer.name, "--state", shared_cloud.cloud.state, "--json"), "ukey-absent")
+
+
+def test_no_cloud(tmp_path: Path) -> None:
+    for arguments in (["status"], ["down"], ["vcm", "list"], ["consumer", "list"]):
+        result = command(*arguments, "--state", tmp_path / "none", "--json")
+        if arguments != ["down"]:
+            failed(result, "not-running")
+
+
+def test_a_taken_port(tmp_path: Path) -> None:
+    cloud = TestCloud(tmp_path)
+    cloud.up()
+    cloud.down()
+    network = cloud.cloud.record.network
+    with socket.create_server((f"127.{network}.0.2", 7443)):
+        failed(command("up", "--detach", "--state", cloud.cloud.state, "--json"), "port-taken")
+    try:
+        assert command("up", "--detach", "--state", cloud.cloud.state, "--json").document["ready"]
+    finally:
+        cloud.down()
+
+
+def test_a_state_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    failed(command("up", "--detach", "--state", tmp_path / "file", "--json"), "state-not-writable")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere; the next test stands in for it")
+def test_a_state_that_may_not_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    failed(command("up", "--detach", "--state", tmp_path / "state", "--json"), "state-not-writable")
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a file system")
+def test_a_state_on_a_read_only_file_system(tmp_path: Path) -> None:
+    with mounted(tmp_path / "ro", "ro"):
+        failed(command("up", "--detach", "--state", tmp_path / "ro" / "state", "--json"), "state-not-writable")
+
+
+def test_a_state_of_a_newer_version(tmp_path: Path) -> None:
+    (tmp_path / "cloud.json").write_text(json.dumps({"version": 99}))
+    for arguments in (["up", "--detach"], ["status"], ["vcm", "list"]):
+        failed(command(*arguments, "--state", tmp_path, "--json"), "state-newer")
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_a_full_disk_while_enrolling(shared_cloud: TestCloud, pin: Path, tmp_path: Path) -> None:
+    state = shared_cloud.cloud.state
+    with mounted(tmp_path / "stick", "size=8k") as stick:
+        enrol = ("consumer", "enroll", "full-disk", "--ukey", stick / "ukey", "--pin-file", pin, "--state", state, "--json")
+        failed(command(*enrol), "disk-full")
+        assert list(stick.iterdir()) == []
+    listed = command("consumer", "list", "--state", state, "--json").document
+    assert "full-disk" not in {c["name"] for c in listed}
+    again = ("consumer", "enroll", "full-disk", "--ukey", tmp_path / "ukey", "--pin-file", pin, "--state", state, "--json")
+    assert command(*again).status == 0
+
+
+def test_enrolling_twice(shared_cloud: TestCloud, consumer: Consumer, pin: Path, tmp_path: Path) -> None:
+    again = (
+        "consumer",
+        "enroll",
+        consumer.name,
+        "--ukey",
+        tmp_path / "second",
+        "--pin-file",
+        pin,
+        "--state",
+        shared_cloud.cloud.state,
+        "--json",
+    )
+    failed(command(*again), "exists")
+    assert not (tmp_path / "second").exists()
+    consumer.plug_in()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["consumer", "enroll", "Bad Name", "--ukey", "x", "--pin-file", "/dev/null"], "malformed"),
+        (["vcm", "show", "vcm-000000000000"], "vcm-unknown"),
+        (["vcm", "show", "nonsense"], "malformed"),
+        (["vcm", "delete", "vcm-000000000000"], "vcm-unknown"),
+        (["vcm", "migrate", "vcm-000000000000"], "vcm-unknown"),
+        (["app", "revoke", "nobody"], "application-unknown"),
+        (["app", "exec", "nobody", "--", "true"], "isolation-unavailable"),
+        (["vcm", "create", "--consumer", "nobody"], "consumer-unknown"),
+    ],
+)
+def test_what_is_not_there(shared_cloud: TestCloud, arguments: list[str], code: str) -> None:
+    if arguments[1] == "exec":
+        result = command(*arguments[:2], "--state", shared_cloud.cloud.state, *arguments[2:])
+        assert result.status == 1
+        assert code in result.stderr
+    else:
+        failed(command(*arguments, "--state", shared_cloud.cloud.state, "--json"), code)
+
+
+def test_wrong_usage_is_2() -> None:
+    assert command("no-such-command").status == 2
+    assert command("vcm", "show").status == 2
+    assert command("up", "--machines", "0").status == 2
+
+
+def test_bad_profiles(tmp_path: Path, pin: Path) -> None:
+    (tmp_path / "broken").write_text("{")
+    failed(command("random", "--profile", tmp_path / "broken", "--json"), "malformed")
+    failed(command("random", "--profile", tmp_path / "none", "--json"), "file-problem")
+
+
+def test_files_that_are_not_there(plugged: Consumer, tmp_path: Path, application: Callable[[], Path]) -> None:
+    profile = application()
+    missing = tmp_path / "none"
+    failed(command("sign", "--key", "0" * 32, "--in", missing, "--profile", profile, "--json"), "file-problem")
+    failed(command("encrypt", "--key", "0" * 32, "--in", missing, "--profile", profile, "--json"), "file-problem")
+    failed(command("random", "--out", tmp_path / "no" / "where", "--profile", profile, "--json"), "file-problem")
+    failed(command("encrypt", "--key", "0" * 32, "--profile", profile, "--json", stdin=b"x"), "key-unknown")
+
+
+def test_nothing_is_left_of_a_failed_decryption(plugged: Consumer, tmp_path: Path, application: Callable[[], Path]) -> None:
+    profile = application()
+    key = command("key", "create", "--profile", profile, "--json").document["id"]
+    (tmp_path / "plain").write_bytes(b"x" * 300_000)
+    assert command("encrypt", "--key", key, "--in", tmp_path / "plain", "--out", tmp_path / "sealed", "--profile", profile).status == 0
+    damaged = bytearray((tmp_path / "sealed").read_bytes())
+    for name, bad, code in (
+        ("cut", bytes(damaged[:-1]), {"ciphertext-truncated", "ciphertext-invalid"}),
+        ("short", bytes(damaged[:200_000]), {"ciphertext-truncated", "ciphertext-invalid"}),
+        ("empty", b"", {"ciphertext-truncated"}),
+        ("foreign", b"PK" + bytes(1000), {"ciphertext-invalid"}),
+    ):
+        (tmp_path / name).write_bytes(bad)
+        result = command("decrypt", "--in", tmp_path / name, "--out", tmp_path / "out", "--profile", profile, "--json")
+        assert result.document["error"]["code"] in code, name
+        assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.fixture
+def application(plugged: Consumer, tmp_path: Path) -> Callable[[], Path]:
+    from tests.support import profile_file
+
+    return lambda: profile_file(plugged.sign_in(), tmp_path)
+
+
+def test_a_cloud_of_another_isolation(shared_cloud: TestCloud) -> None:
+    failed(command("up", "--detach", "--isolation", "domain", "--state", shared_cloud.cloud.state, "--json"), "exists")
+
+
+def test_down_twice(tmp_path: Path) -> None:
+    cloud = TestCloud(tmp_path, machines=1, settings=QUICK)
+    cloud.up()
+    assert command("down", "--state", cloud.cloud.state, "--json").document["stopped"] >= 5
+    assert command("down", "--state", cloud.cloud.state, "--json").document["stopped"] == 0

@@ -1,0 +1,142 @@
+"""Two consumers on one cloud know nothing of each other, and cannot reach each other's VCMs."""
+
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cipherfleet import SyncClient
+from cipherfleet.channel import tls
+from cipherfleet.channel.certificates import Credentials
+from cipherfleet.contract.profile import Profile
+from tests.support import Consumer, TestCloud, cloud_in, command, profile_file, refusal
+
+
+@pytest.fixture
+def pair(plugged: Consumer, new_consumer: Callable[[], Consumer]) -> tuple[Consumer, Consumer]:
+    other = new_consumer()
+    other.plug_in()
+    return plugged, other
+
+
+def credentials(own: Profile, trust: str) -> Credentials:
+    return Credentials(own.key.encode(), own.chain.encode(), trust.encode())
+
+
+def test_a_foreign_application_fails_in_the_handshake(pair: tuple[Consumer, Consumer]) -> None:
+    """Whatever the foreign application trusts: the VCM does not trust it, and never reads a byte of its request."""
+    a, b = (c.sign_in() for c in pair)
+    context = tls.client_context(credentials(b, a.trust))
+    context.check_hostname = False
+    host, port = a.endpoints[0].removeprefix("https://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as plain:
+        # TLS 1.3 lets the client finish first; the server's refusal is the first thing that can be read.
+        with pytest.raises((ssl.SSLError, ConnectionError)), context.wrap_socket(plain) as connection:
+            connection.sendall(b"GET /v1/health HTTP/1.1\r\nHost: x\r\n\r\n")
+            if not connection.recv(100):
+                raise ConnectionResetError
+
+
+def test_our_client_refuses_a_foreign_vcm(pair: tuple[Consumer, Consumer]) -> None:
+    a, b = (c.sign_in() for c in pair)
+    with SyncClient(msgspec.structs.replace(b, endpoints=a.endpoints)) as client:
+        assert refusal(lambda: client.random(1)) == "certificate-invalid"
+
+
+def test_keys_and_audit_lines_of_others_are_invisible(pair: tuple[Consumer, Consumer]) -> None:
+    a, b = pair
+    with a.client() as mine, b.client() as theirs:
+        key = mine.create_key("AES-256-GCM")
+        ciphertext = mine.encrypt(key.id, b"mine")
+        assert key.id not in {k.id for k in theirs.list_keys()}
+        for attempt in (
+            lambda: theirs.describe_key(key.id),
+            lambda: theirs.encrypt(key.id, b"x"),
+            lambda: theirs.decrypt(ciphertext),
+            lambda: theirs.rotate_key(key.id),
+            lambda: theirs.delete_key(key.id),
+        ):
+            assert refusal(attempt) == "key-unknown"
+        assert {line.consumer for line in theirs.audit()} == {b.name}
+        assert mine.decrypt(ciphertext) == b"mine"
+
+
+domain = pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("nft") or not shutil.which("ip"), reason="security domains as subnets need root, ip and nft"
+)
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestCloud, Consumer, Consumer]]:
+    with cloud_in(tmp_path_factory.mktemp("domains"), isolation="domain") as cloud:
+        pair = cloud.enrol("acme"), cloud.enrol("globex")
+        for consumer in pair:
+            consumer.plug_in()
+        yield cloud, *pair
+
+
+CONNECT = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=2).close()"
+
+
+def within(cloud: TestCloud, consumer: Consumer, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in the domain of the consumer's application ``billing``."""
+    cipherfleet = [sys.executable, "-c", "from cipherfleet.app.cli import main; main()", "app", "exec", "billing"]
+    options = ["--consumer", consumer.name, "--state", str(cloud.cloud.state), "--"]
+    return subprocess.run([*cipherfleet, *options, *arguments], capture_output=True, text=True, timeout=60, check=False)
+
+
+def reaches(cloud: TestCloud, consumer: Consumer, endpoint: str) -> bool:
+    host, port = endpoint.removeprefix("https://").split(":")
+    return within(cloud, consumer, sys.executable, "-c", CONNECT, host, port).returncode == 0
+
+
+@pytest.mark.root
+@domain
+def test_a_domain_is_reached_from_its_own_applications_alone(domains: tuple[TestCloud, Consumer, Consumer], tmp_path: Path) -> None:
+    cloud, acme, globex = domains
+    endpoints = {c.name: c.vcms()[0].endpoint for c in (acme, globex)}
+    profile = profile_file(acme.sign_in(), tmp_path)
+    globex.sign_in()
+    assert reaches(cloud, acme, endpoints["acme"]), "positive control"
+    assert reaches(cloud, globex, endpoints["globex"]), "positive control"
+    assert not reaches(cloud, acme, endpoints["globex"])
+    assert not reaches(cloud, globex, endpoints["acme"])
+    assert not reaches(cloud, acme, cloud.cloud.kmc_url)
+    assert not reaches(cloud, acme, cloud.cloud.management_url)
+    host, port = endpoints["acme"].removeprefix("https://").split(":")
+    with pytest.raises(OSError, match=r"."), socket.create_connection((host, int(port)), timeout=2):
+        pass  # from the host itself
+    cipherfleet = [sys.executable, "-c", "from cipherfleet.app.cli import main; main()"]
+    used = within(cloud, acme, *cipherfleet, "random", "--profile", str(profile), "--json")
+    assert used.returncode == 0, used.stderr
+    assert len(msgspec.json.decode(used.stdout)["result"]) == 44
+
+
+@pytest.mark.root
+@domain
+def test_a_domain_goes_with_its_last_vcm(domains: tuple[TestCloud, Consumer, Consumer]) -> None:
+    cloud, acme, _ = domains
+    third = cloud.enrol("initech")
+    vcm = third.plug_in()["vcm"]
+    namespaces = {p.name for p in Path("/run/netns").iterdir()}
+    assert command("vcm", "delete", vcm, "--state", cloud.cloud.state, "--json").status == 0
+    gone = namespaces - {p.name for p in Path("/run/netns").iterdir()}
+    assert len(gone) >= 2, gone
+    assert acme.service == "on"
+
+
+@pytest.mark.root
+@domain
+def test_nothing_of_a_domain_stays_after_down(tmp_path: Path) -> None:
+    with cloud_in(tmp_path, isolation="domain", machines=1) as cloud:
+        network = cloud.cloud.record.network
+        cloud.enrol("acme").plug_in()
+        assert list(Path("/run/netns").glob(f"cf{network}d*"))
+    assert not list(Path("/run/netns").glob(f"cf{network}d*"))
