@@ -36,12 +36,15 @@ def test_a_foreign_application_fails_in_the_handshake(pair: tuple[Consumer, Cons
     context = tls.client_context(credentials(b, a.trust))
     context.check_hostname = False
     host, port = a.endpoints[0].removeprefix("https://").split(":")
-    with socket.create_connection((host, int(port)), timeout=5) as plain:
-        # TLS 1.3 lets the client finish first; the server's refusal is the first thing that can be read.
-        with pytest.raises((ssl.SSLError, ConnectionError)), context.wrap_socket(plain) as connection:
-            connection.sendall(b"GET /v1/health HTTP/1.1\r\nHost: x\r\n\r\n")
-            if not connection.recv(100):
-                raise ConnectionResetError
+    # TLS 1.3 lets the client finish first; the server's refusal is the first thing that can be read.
+    with (
+        socket.create_connection((host, int(port)), timeout=5) as plain,
+        pytest.raises((ssl.SSLError, ConnectionError)),
+        context.wrap_socket(plain) as connection,
+    ):
+        connection.sendall(b"GET /v1/health HTTP/1.1\r\nHost: x\r\n\r\n")
+        if not connection.recv(100):
+            raise ConnectionResetError
 
 
 def test_our_client_refuses_a_foreign_vcm(pair: tuple[Consumer, Consumer]) -> None:

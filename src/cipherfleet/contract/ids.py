@@ -5,6 +5,7 @@ For the type checker every id is a distinct ``NewType`` of ``str``; at run time 
 to use as a file name).
 """
 
+import hashlib
 import re
 import secrets
 from typing import TYPE_CHECKING, Annotated, NewType
@@ -53,3 +54,8 @@ def new_key_id() -> KeyId:
 
 def new_token_id() -> TokenId:
     return TokenId(secrets.token_hex(8))
+
+
+def token_id_of(nonce: bytes) -> TokenId:
+    """The token id that belongs to an identity challenge: a token whose reply got lost can still be revoked by its name."""
+    return TokenId(hashlib.sha256(b"cipherfleet token id v1" + nonce).hexdigest()[:16])

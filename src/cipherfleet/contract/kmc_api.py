@@ -121,6 +121,8 @@ class IdentityReply(Message, frozen=True):
 
 
 class VcmAuthorisation(Message, frozen=True):
+    """``address``: host:port the VCM serves on, as in the machine's ``BuildOrder``."""
+
     consumer: ConsumerId
     machine: MachineId
     token_id: TokenId

@@ -37,9 +37,11 @@ class DomainInfo(Message, frozen=True):
 
 
 class VcmEntry(Message, frozen=True):
+    """``machine`` is none until creation step 4 has placed it; ``endpoint`` is a URL, empty until then."""
+
     id: VcmId
     consumer: ConsumerId
-    machine: MachineId
+    machine: MachineId | None
     state: VcmState
     pid: int
     isolation: str
@@ -129,18 +131,23 @@ class IdentityWanted(ManagementToTerminal, frozen=True):
 
 
 class LoginPermit(ManagementToTerminal, frozen=True):
-    """Creation step 7, with the mark "CMK may be downloaded" (flow step c)."""
+    """Creation step 7, with the mark "CMK may be downloaded" (flow step c). ``endpoint``: URL.
+
+    ``network_namespace``: with domain isolation on this host, the namespace (of `ip netns`) from which the endpoint is reachable.
+    """
 
     vcm: VcmId
     endpoint: str
     mark: bytes
+    network_namespace: str = ""
 
 
 class ServiceOn(ManagementToTerminal, frozen=True):
-    """Creation step 9."""
+    """Creation step 9; also the answer to ``Inserted`` when a VCM of the consumer serves already."""
 
     vcm: VcmId
     trace: tuple[TraceEntry, ...] = ()
+    endpoint: str = ""
 
 
 class DeletePermit(ManagementToTerminal, frozen=True):

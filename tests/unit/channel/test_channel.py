@@ -10,7 +10,6 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from tests.pki import Authority
 
 from cipherfleet.channel import codec, tls
 from cipherfleet.channel.certificates import Credentials, check_chain, identity_of, leaf
@@ -36,6 +35,7 @@ from cipherfleet.contract.errors import (
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import ConsumerId, VcmId
 from cipherfleet.contract.kmc_api import Challenge, KmcToVcm, LeaseWanted, Revoked, Serving, VcmToKmc
+from tests.pki import Authority
 
 KMC, M1, OPERATOR = Identity(Role.KMC, "kmc"), Identity(Role.MACHINE, "m1"), Identity(Role.OPERATOR, "operator")
 
@@ -160,7 +160,7 @@ async def test_revoking_closes_the_connection_and_refuses_the_next(world: World)
     credentials = world.platform.credentials(M1)
     async with world.caller(credentials) as caller:
         await caller.call("POST", "/v1/echo", CHALLENGE, reply=Challenge)
-        hanging = asyncio.create_task(caller.call("POST", "/v1/hang", CHALLENGE))
+        hanging = asyncio.create_task(caller.call("POST", "/v1/hang", CHALLENGE, reply=Challenge))
         await asyncio.sleep(0.05)
         serial = f"{leaf(credentials.chain).serial_number:x}"
         assert world.server.revoke([serial]) == 1  # type: ignore[list-item]

@@ -1,0 +1,246 @@
+"""A VCM for the tests: the real channel, the real card engine under a real lease, keys in memory, real certificates."""
+
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import cache
+from typing import Any
+
+import aiohttp
+import msgspec
+from cryptography.hazmat.primitives import hpke
+from cryptography.hazmat.primitives.asymmetric import mlkem, x25519
+
+from cipherfleet import Client
+from cipherfleet.channel import codec, signing, tls
+from cipherfleet.channel.certificates import Credentials, new_key
+from cipherfleet.channel.server import Server
+from cipherfleet.computing import engine_wrap
+from cipherfleet.computing.card_function import VirtualFunction, Work
+from cipherfleet.contract.algorithms import algorithm
+from cipherfleet.contract.errors import (
+    ApplicationRevoked,
+    ApplicationUnknown,
+    ForeignConsumer,
+    KeyDeleted,
+    KeyDisabled,
+    KeyUnknown,
+    LoginRefused,
+    NotPermitted,
+)
+from cipherfleet.contract.escrow import KeyState, VersionAttributes
+from cipherfleet.contract.identities import Identity, Peer, Role
+from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, VcmId, new_key_id
+from cipherfleet.contract.kmc_api import AuditEntry, AuditLog
+from cipherfleet.contract.profile import Profile
+from cipherfleet.contract.statements import LeaseStatement, Right, SealedShare, Signed
+from cipherfleet.contract.vcc import CmkDelivery, Completion, Operation, RowRequest
+from cipherfleet.contract.vcm import KeyUse
+from cipherfleet.contract.vcm_api import KeyDescription, LoginReply
+from cipherfleet.services.components import mount
+from tests.pki import Authority
+
+ACME, RIVAL = ConsumerId("acme"), ConsumerId("rival")
+VCM, CARD = VcmId("vcm-0123456789ab"), CardId("card-m1-01234567")
+ALL_RIGHTS = tuple(Right)
+
+
+@cache
+def transport_keys() -> engine_wrap.TransportKeys:
+    """Made once: an RSA key takes a while."""
+    return engine_wrap.TransportKeys()
+
+
+async def serving_function(consumer: ConsumerId = ACME, *, lease_s: float = 3600.0) -> VirtualFunction:
+    """A virtual function of a card that holds its consumer's CMK and a lease."""
+    transport, ukey, kmc = transport_keys(), signing.LocalSigner(new_key()), signing.LocalSigner(new_key())
+    function = VirtualFunction(CARD, VCM, consumer, transport, lambda: kmc.public_key)
+    share = SealedShare(consumer, CARD, VCM, secrets.token_bytes(32), (ukey.public_key,), 1, 0, b"")
+    raw = transport.hpke_public_key
+    public = hpke.MLKEM768X25519PublicKey(
+        mlkem.MLKEM768PublicKey.from_public_bytes(raw[:1184]), x25519.X25519PublicKey.from_public_bytes(raw[1184:])
+    )
+    delivery = CmkDelivery(
+        transport.rsa.public_key().encrypt(secrets.token_bytes(32), engine_wrap.OAEP),
+        engine_wrap.SUITE.encrypt(codec.encode(share), public, engine_wrap.sealing_info(CARD, VCM)),
+    )
+    function.execute(Operation.LOAD_CMK, 0, codec.encode(delivery), b"")
+    nonce = function.execute(Operation.LEASE_NONCE, 0, b"", b"")
+    assert not isinstance(nonce, Work)
+    lease = LeaseStatement(consumer, CARD, VCM, bytes(nonce.data), int(lease_s * 1000))
+    signed = await signing.countersign(await signing.sign(lease, ukey), kmc)
+    function.execute(Operation.LEASE, 0, codec.encode(signed), b"")
+    return function
+
+
+class StageCard:
+    """A vCC without a wire. ``before`` may look at an operation, delay it or make it fail; ``open_streams`` are not ended yet."""
+
+    def __init__(self, function: VirtualFunction) -> None:
+        self.function = function
+        self.before: Callable[[Operation], Awaitable[None]] | None = None
+        self.open_streams: set[int] = set()
+        self.operations: list[Operation] = []
+
+    async def submit(
+        self, operation: Operation, *, handle: int = 0, parameters: bytes = b"", data: bytes | bytearray | memoryview = b""
+    ) -> Completion:
+        if self.before is not None:
+            await self.before(operation)
+        self.operations.append(operation)
+        if operation in (Operation.FINISH, Operation.ABORT):
+            self.open_streams.discard(handle)
+        answer = self.function.execute(operation, handle, parameters, data)
+        if isinstance(answer, Work):
+            answer = self.function.complete(answer, answer.run())
+        if operation is Operation.BEGIN:
+            self.open_streams.add(answer.value)
+        return Completion(answer.value, answer.parameters, bytes(answer.data))
+
+
+class StageKeys:
+    """Keys in memory, each version loaded in the card."""
+
+    def __init__(self, card: StageCard) -> None:
+        self._card = card
+        self._handles: dict[tuple[KeyId, int], int] = {}
+        self._keys: dict[KeyId, KeyDescription] = {}
+
+    async def create(self, algorithm: str, *, label: str, actor: str) -> KeyDescription:
+        key = new_key_id()
+        described = KeyDescription(key, algorithm, 0, KeyState.ENABLED, label, time.time(), actor, ())
+        return await self._generate(described)
+
+    async def rotate(self, key: KeyId, *, actor: str) -> KeyDescription:
+        return await self._generate(await self._enabled(key))
+
+    async def set_state(self, key: KeyId, state: KeyState, *, actor: str) -> KeyDescription:
+        self._keys[key] = msgspec.structs.replace(await self.describe(key), state=state)
+        return self._keys[key]
+
+    async def describe(self, key: KeyId) -> KeyDescription:
+        if key not in self._keys:
+            raise KeyUnknown(f"there is no key {key}")
+        return self._keys[key]
+
+    async def list_keys(self) -> Sequence[KeyDescription]:
+        return list(self._keys.values())
+
+    async def use(self, key: KeyId, *, version: int | None = None) -> KeyUse:
+        described = await self._enabled(key)
+        chosen = described.version if version is None else version
+        if (key, chosen) not in self._handles:
+            raise KeyUnknown(f"key {key} has no version {chosen}")
+        return KeyUse(key, chosen, described.algorithm, self._handles[key, chosen])
+
+    async def _enabled(self, key: KeyId) -> KeyDescription:
+        described = await self.describe(key)
+        if described.state == KeyState.DISABLED:
+            raise KeyDisabled(f"key {key} is disabled")
+        if described.state == KeyState.DELETED:
+            raise KeyDeleted(f"key {key} is deleted")
+        return described
+
+    async def _generate(self, described: KeyDescription) -> KeyDescription:
+        version = described.version + 1
+        attributes = VersionAttributes(described.algorithm, time.time())
+        row = RowRequest(described.id, version, codec.encode(attributes))
+        done = await self._card.submit(Operation.GENERATE, parameters=codec.encode(row))
+        made = codec.decode(msgspec.json.decode(done.parameters, type=_Row).attributes, VersionAttributes)
+        self._handles[described.id, version] = done.value
+        self._keys[described.id] = msgspec.structs.replace(
+            described,
+            version=version,
+            versions=(*described.versions, version),
+            uses=algorithm(described.algorithm).uses,
+            public_key=made.public_key,
+        )
+        return self._keys[described.id]
+
+
+class _Row(msgspec.Struct):
+    attributes: bytes
+
+
+class StageHost:
+    """The VCM around the components. ``rights``: what each application may."""
+
+    def __init__(self, card: StageCard, consumer: ConsumerId = ACME) -> None:
+        self.id, self.consumer, self.card = VCM, consumer, card
+        self.keys = StageKeys(card)
+        self.rights: dict[str, tuple[Right, ...]] = {"shop": ALL_RIGHTS}
+        self.revoked: set[str] = set()
+        self.serves_on: list[str] = []
+
+    async def authorise(self, peer: Peer, right: Right) -> None:
+        name = peer.identity.id
+        if peer.identity.consumer != self.consumer:
+            raise ForeignConsumer("this VCM serves somebody else")
+        if name in self.revoked:
+            raise ApplicationRevoked(f"{name} is revoked")
+        if name not in self.rights:
+            raise ApplicationUnknown(f"{name} was never signed in")
+        if right not in self.rights[name]:
+            raise NotPermitted(f"{name} lacks the right {right}")
+
+    async def login(self, peer: Peer, statement: Signed) -> LoginReply:
+        if statement.kind != "right":
+            raise LoginRefused("this is not the statement we wanted")
+        return LoginReply(self.id, CARD, b"confirmed", 6.0)
+
+    async def endpoints(self) -> Sequence[str]:
+        return self.serves_on
+
+    async def audit(self) -> AuditLog:
+        return AuditLog((AuditEntry(1, 0.0, self.consumer, "kmc", "enrolled", self.consumer, "done", "00"),))
+
+
+class Stage:
+    """One VCM that serves, its domain's CA, and clients of it."""
+
+    def __init__(self, host: StageHost, domain: Authority) -> None:
+        self.host, self.domain = host, domain
+        self.server = Server(domain.credentials(Identity(Role.VCM, VCM, host.consumer), trust=domain.pem))
+        self.url = ""
+
+    @staticmethod
+    async def start(consumer: ConsumerId = ACME, *, domain: Authority | None = None, stall_s: float = 30.0) -> "Stage":
+        card = StageCard(await serving_function(consumer))
+        stage = Stage(StageHost(card, consumer), domain or Authority("root").subordinate(consumer))
+        mount(stage.server, stage.host, stall_s=stall_s)
+        await stage.listen()
+        return stage
+
+    async def listen(self) -> None:
+        host, port = await self.server.start(("127.0.0.1", 0))
+        self.url = f"https://{host}:{port}"
+        self.host.serves_on = [self.url]
+
+    async def stop(self) -> None:
+        await self.server.stop()
+
+    def credentials(self, name: str = "shop", role: Role = Role.APPLICATION, **how: Any) -> Credentials:
+        return self.domain.credentials(Identity(role, name, self.host.consumer), trust=self.domain.pem, **how)
+
+    def profile(self, name: str = "shop", *, credentials: Credentials | None = None, endpoints: tuple[str, ...] | None = None) -> Profile:
+        shown = credentials or self.credentials(name)
+        return Profile(
+            self.host.consumer,
+            ApplicationName(name),
+            endpoints if endpoints is not None else (self.url,),
+            shown.trust.decode(),
+            shown.chain.decode(),
+            shown.key.decode(),
+            ALL_RIGHTS,
+            int(shown.not_after),
+        )
+
+    def client(self, name: str = "shop", **how: Any) -> Client:
+        return Client(self.profile(name), **how)
+
+    def raw(self, credentials: Credentials | None = None) -> aiohttp.ClientSession:
+        """A plain HTTP session, for what our own client would never send."""
+        context = tls.client_context(credentials or self.credentials())
+        context.check_hostname = False
+        connector = aiohttp.TCPConnector(ssl=context)
+        return aiohttp.ClientSession(self.url, connector=connector, auto_decompress=False)
