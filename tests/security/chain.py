@@ -64,7 +64,7 @@ async def unwrap_share(hsm: EmbeddedHsm, ciphertext_cmk: bytes, label: str) -> b
 
 def rows_of(cloud: TestCloud, consumer: str) -> list[EscrowRow]:
     """The escrow's rows, straight from the KMC's disk."""
-    [database] = (cloud.cloud.state / "kmc").glob("*.db")
+    [database] = (cloud.cloud.state / "kmc").glob("*.sqlite")
     with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
         found = connection.execute("select consumer, key, version, attributes, wrapped from rows where consumer = ?", (consumer,))
         return [EscrowRow(ConsumerId(c), KeyId(k), v, a, w) for c, k, v, a, w in found]

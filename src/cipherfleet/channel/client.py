@@ -3,9 +3,10 @@
 import asyncio
 import errno
 import io
+import socket
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Self, TypeVar
 
@@ -47,7 +48,8 @@ class RelayConnector(BaseConnector):
 class Caller:
     """Calls one server. ``server_name`` is what its certificate must carry, whatever its address.
 
-    ``unavailable`` is the error that stands for "cannot be reached".
+    ``unavailable`` is the error that stands for "cannot be reached". ``sockets`` makes the sockets (given an address), for a
+    server that only another network namespace reaches.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Caller:
         *,
         relay: str | None = None,
         timeout: float = 30.0,
+        sockets: Callable[[Any], socket.socket] | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self._name = server_name
@@ -66,6 +69,7 @@ class Caller:
         self._not_after = credentials.not_after
         self._unavailable = unavailable
         self._relay = relay
+        self._sockets = sockets
         self._timeout = timeout
         self._session: aiohttp.ClientSession | None = None
 
@@ -103,7 +107,7 @@ class Caller:
     async def frames(self, path: str, receives: Any) -> AsyncIterator[Frames[Any, Any]]:
         """A channel of frames; ``receives`` is the base class of what the server sends."""
         with self._seam():
-            socket = await self._open().ws_connect(
+            web_socket = await self._open().ws_connect(
                 self.url + path,
                 ssl=self._context,
                 server_hostname=self._name,
@@ -111,9 +115,9 @@ class Caller:
                 max_msg_size=codec.MAX_BODY_BYTES,
             )
         try:
-            yield Frames(socket, receives)
+            yield Frames(web_socket, receives)
         finally:
-            await socket.close()
+            await web_socket.close()
 
     def _seam(self) -> "_Seam":
         # A server that refuses our certificate resets the connection before its alert can be read, so look ourselves first.
@@ -126,6 +130,8 @@ class Caller:
             connector: BaseConnector | None = None
             if self._relay is not None:
                 connector = RelayConnector(self._relay, self._context, self._name)
+            elif self._sockets is not None:
+                connector = aiohttp.TCPConnector(socket_factory=self._sockets)
             self._session = aiohttp.ClientSession(connector=connector)
         return self._session
 

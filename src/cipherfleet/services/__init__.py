@@ -1,0 +1,1 @@
+"""What a VCM offers to its consumer: ``components`` serve it over the network, ``middleware`` calls it."""

@@ -200,7 +200,8 @@ class Stage:
 
     def __init__(self, host: StageHost, domain: Authority) -> None:
         self.host, self.domain = host, domain
-        self.server = Server(domain.credentials(Identity(Role.VCM, VCM, host.consumer), trust=domain.pem))
+        self.server_credentials = domain.credentials(Identity(Role.VCM, VCM, host.consumer), trust=domain.pem)
+        self.server = Server(self.server_credentials)
         self.url = ""
 
     @staticmethod

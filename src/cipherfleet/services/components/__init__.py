@@ -1,0 +1,47 @@
+"""The network components of a VCM: its cryptography over HTTP and mutual TLS. Raw bytes in bodies, JSON for the rest.
+
+::
+
+    POST /v1/keys                      KeyCreateRequest -> KeyDescription               create
+    GET  /v1/keys, /v1/keys/{key}      -> KeyListReply, KeyDescription                  show
+    POST /v1/keys/{key}/rotate, enable, disable, delete  -> KeyDescription              manage
+    POST /v1/keys/{key}/encrypt        plaintext -> ciphertext                          encrypt
+    POST /v1/decrypt                   ciphertext -> plaintext                          decrypt
+    POST /v1/keys/{key}/reencrypt      ciphertext of any key -> ciphertext              decrypt and encrypt
+    POST /v1/keys/{key}/data-key       DataKeyAsk -> DataKeyReply                       encrypt
+    POST /v1/keys/{key}/sign, mac      message -> signature, MAC                        sign, mac
+    POST /v1/keys/{key}/verify, verify-mac   message -> 204, or 422                     verify
+    POST /v1/digest/{algorithm}        message -> digest                                digest
+    GET  /v1/random?bytes=N            -> 1 to 1048576 bytes                            random
+    GET  /v1/audit                     -> AuditLog                                      show
+    GET  /v1/endpoints, algorithms, health, requests/{request}/error                    any
+    POST /v1/login                     Signed[LoginStatement] -> LoginReply             (the terminal)
+
+The last column is the right that a Ukey-signed statement must grant. Headers (base64): ``X-Cipherfleet-Context``,
+``X-Cipherfleet-Target-Context`` (at most 4 KiB), ``X-Cipherfleet-Signature``. Bodies of any size stream both ways at once.
+An error after the answer has begun closes the connection before the answer's end; the caller that named its request in
+``X-Cipherfleet-Request`` may ask why.
+"""
+
+from cipherfleet.channel.server import Server
+from cipherfleet.contract.identities import Role
+from cipherfleet.contract.vcm import VcmHost
+from cipherfleet.services.components.ciphers import Ciphers
+from cipherfleet.services.components.keys import Keys
+from cipherfleet.services.components.routes import Routes
+from cipherfleet.services.components.service import Service
+from cipherfleet.services.components.signatures import Signatures
+
+STALL_S = 30.0
+
+
+def mount(server: Server, host: VcmHost, *, stall_s: float = STALL_S) -> None:
+    """Add all routes to ``server``. A peer that neither sends nor takes anything for ``stall_s`` seconds is given up."""
+    routes = Routes(server, host, stall_s)
+    Keys(routes)
+    Ciphers(routes)
+    Signatures(routes)
+    server.route("POST", "/v1/login", {Role.TERMINAL}, Service(routes).login)
+
+
+__all__ = ["STALL_S", "mount"]

@@ -1,0 +1,78 @@
+"""step f, inside the card: both shares of the CMK arrive, each sealed to this card alone, and become its wrapping key."""
+
+import hmac
+
+import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from cipherfleet.channel import codec
+from cipherfleet.computing import engine_wrap
+from cipherfleet.computing.engine_memory import wipe
+from cipherfleet.contract.errors import CmkInvalid, Malformed
+from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
+from cipherfleet.contract.statements import SealedShare
+from cipherfleet.contract.vcc import CmkDelivery
+
+
+class KeyChain:
+    """What the two shares become, and what the consumer's terminal said with them. Takes the keys over."""
+
+    def __init__(self, wrapping: bytearray, confirm: bytearray, share: SealedShare) -> None:
+        self.wrapping, self.confirm = wrapping, confirm
+        self.ukey_keys = share.ukey_public_keys
+        self.point = (share.epoch, share.sequence)
+        self.head = share.head
+
+    def __repr__(self) -> str:
+        return "KeyChain(...)"
+
+    def is_like(self, other: "KeyChain") -> bool:
+        """Whether both are of the same CMK and the same Ukeys."""
+        return self.ukey_keys == other.ukey_keys and hmac.compare_digest(self.wrapping, other.wrapping)
+
+    def close(self) -> None:
+        wipe(self.wrapping)
+        wipe(self.confirm)
+
+
+def open_delivery(delivery: CmkDelivery, transport: engine_wrap.TransportKeys, consumer: ConsumerId, card: CardId, vcm: VcmId) -> KeyChain:
+    """Combine both shares. Raises ``CmkInvalid`` when one does not open here, or is for somebody else."""
+    share = _open_share(delivery.sealed_ukey_share, transport, consumer, card, vcm)
+    ukey_share = bytearray(share.ukey_share)
+    wipe(share.ukey_share)
+    try:
+        hsm_share = transport.open_hsm_share(delivery.wrapped_hsm_share)
+        if len(hsm_share) != engine_wrap.SHARE_BYTES:
+            wipe(hsm_share)
+            raise CmkInvalid("the HSM's share of the CMK has the wrong size")
+        wrapping = engine_wrap.combine(hsm_share, ukey_share, consumer)
+        return KeyChain(wrapping, engine_wrap.confirm_key(ukey_share), msgspec.structs.replace(share, ukey_share=b""))
+    finally:
+        wipe(ukey_share)
+
+
+def _open_share(sealed: bytes, transport: engine_wrap.TransportKeys, consumer: ConsumerId, card: CardId, vcm: VcmId) -> SealedShare:
+    plaintext = transport.open_sealed(sealed, engine_wrap.sealing_info(card, vcm))
+    try:
+        share = codec.decode(plaintext, SealedShare, what="the sealed share")
+    except Malformed as exc:
+        raise CmkInvalid("the sealed share cannot be read") from exc
+    finally:
+        wipe(plaintext)
+    if (share.consumer, share.card, share.vcm) != (consumer, card, vcm):
+        raise CmkInvalid("the sealed share is for another consumer, card or VCM")
+    if len(share.ukey_share) != engine_wrap.SHARE_BYTES:
+        raise CmkInvalid("the Ukey's share of the CMK has the wrong size")
+    if not 1 <= len(share.ukey_public_keys) <= 4 or not all(_is_p256(spki) for spki in share.ukey_public_keys):
+        raise CmkInvalid("the sealed share does not name the Ukey's public keys")
+    return share
+
+
+def _is_p256(spki: bytes) -> bool:
+    try:
+        key = serialization.load_der_public_key(spki)
+    except (ValueError, UnsupportedAlgorithm):
+        return False
+    return isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)

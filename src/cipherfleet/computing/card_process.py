@@ -1,0 +1,94 @@
+"""The card's process: confined first, then keys; it talks to its machine (control) and to its vCCs, and to nobody else."""
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+
+from cipherfleet.channel import codec
+from cipherfleet.computing.card import Card
+from cipherfleet.computing.card_confinement import Protection, confine
+from cipherfleet.computing.card_control import (
+    Attach,
+    CardConfig,
+    CardReady,
+    CardRequests,
+    CardStatus,
+    Certify,
+    ControlChannel,
+    Detach,
+    FromCard,
+    StatusWanted,
+    VccStatus,
+)
+from cipherfleet.computing.card_server import CardServer
+from cipherfleet.contract.errors import CardUnavailable, CipherfleetError, Internal
+from cipherfleet.contract.machine_api import CardReport
+
+log = logging.getLogger(__name__)
+
+
+async def main(configuration: CardConfig, ready: Callable[[object], None], stop: asyncio.Event) -> None:
+    """A card's life: until ``stop``, or until its machine is gone."""
+    protection = confine()
+    card = Card(configuration.machine)
+    server = CardServer(card)
+    channel = ControlChannel(socket.socket(fileno=configuration.control))
+    ready(CardReady(card.id, card.csr, card.transport.hpke_public_key, protection))
+    control = asyncio.create_task(serve_control(channel, server, protection))
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((control, stopping), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        server.close()
+        for task in (control, stopping):
+            task.cancel()
+        with suppress(asyncio.CancelledError):
+            await control
+        channel.close()
+
+
+async def serve_control(channel: ControlChannel, server: CardServer, protection: Protection) -> None:
+    """Do what the machine asks for, until it is gone."""
+    while True:
+        raw = await channel.receive()
+        if not raw:
+            return
+        request: CardRequests = codec.decode(raw, CardRequests)  # type: ignore[arg-type]  # msgspec takes a union for a type
+        try:
+            answer = await _serve(request, channel, server, protection)
+        except CipherfleetError as exc:
+            answer = FromCard(request.number, error=exc.to_reply().error)
+        except Exception as exc:
+            log.error("internal error of the card: %s", type(exc).__name__)  # noqa: TRY400
+            answer = FromCard(request.number, error=Internal("something went wrong in the crypto card").to_reply().error)
+        try:
+            await channel.send(answer)
+        except CardUnavailable:
+            return
+
+
+async def _serve(request: CardRequests, channel: ControlChannel, server: CardServer, protection: Protection) -> FromCard:
+    match request:
+        case Certify():
+            server.card.certify(request.reply)
+        case Attach():
+            sock = channel.take_socket()
+            await server.attach(request.vcm, request.consumer, sock)
+        case Detach():
+            server.detach(request.vcm)
+        case StatusWanted():
+            return FromCard(request.number, status=status(server.card, protection))
+    return FromCard(request.number)
+
+
+def status(card: Card, protection: Protection) -> CardStatus:
+    """The card's state now."""
+    vccs = tuple(VccStatus(f.vcm, f.consumer, f.serving, f.operations, f.bytes, f.keys) for f in card.functions)
+    report = CardReport(card.id, os.getpid(), len(vccs), card.operations, card.bytes, protection.memory_locked)
+    return CardStatus(report, vccs, protection)
+
+
+__all__ = ["CardConfig", "main"]

@@ -1,0 +1,275 @@
+"""Encrypting and decrypting messages in the format of ``contract.ciphertext``: a key per message, a nonce per chunk.
+
+What a decryptor gives out has been authenticated, chunk by chunk, as *this* chunk of *this* message. SP 800-38D (GCM),
+RFC 8998 (SM4-GCM), RFC 5869 (HKDF), Hoang, Reyhanitabar, Rogaway, Vizár 2015 (STREAM).
+"""
+
+import secrets
+from typing import Protocol
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from cipherfleet.computing.engine import Key
+from cipherfleet.computing.engine_memory import Data, derive, wipe
+from cipherfleet.contract.algorithms import Kind
+from cipherfleet.contract.ciphertext import HEADER_BYTES, MAX_CHUNKS, SALT_BYTES, TAG_BYTES, Header, chunk_nonce
+from cipherfleet.contract.errors import (
+    CiphertextForeignKey,
+    CiphertextInvalid,
+    CiphertextTruncated,
+    Malformed,
+    TooLarge,
+)
+from cipherfleet.contract.vcc import CHUNK_BYTES, MAX_DATA_BYTES
+
+SEALED_CHUNK_BYTES = CHUNK_BYTES + TAG_BYTES
+MAX_SEALED_BYTES = MAX_DATA_BYTES // CHUNK_BYTES * SEALED_CHUNK_BYTES
+MAX_CONTEXT_BYTES = 4096
+_INFO = b"cipherfleet message v1"
+
+
+class Aead(Protocol):
+    """One key of an AEAD with 12-byte nonces and 16-byte tags, writing into the caller's buffer."""
+
+    def seal(self, nonce: bytes, plaintext: memoryview, into: memoryview) -> None: ...
+
+    def open(self, nonce: bytes, sealed: memoryview, into: memoryview) -> None:
+        """Raises ``InvalidTag``, and leaves zeros in ``into`` then."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class AesGcm:
+    """AES-GCM (SP 800-38D). Takes ``key`` over."""
+
+    def __init__(self, key: bytearray) -> None:
+        self._aead: AESGCM | None = AESGCM(key)
+        wipe(key)
+
+    def seal(self, nonce: bytes, plaintext: memoryview, into: memoryview) -> None:
+        self._open().encrypt_into(nonce, plaintext, None, into)
+
+    def open(self, nonce: bytes, sealed: memoryview, into: memoryview) -> None:
+        try:
+            self._open().decrypt_into(nonce, sealed, None, into)
+        except InvalidTag:
+            into[:] = bytes(len(into))
+            raise
+
+    def close(self) -> None:
+        self._aead = None
+
+    def _open(self) -> AESGCM:
+        if self._aead is None:
+            raise RuntimeError("the message key is gone")
+        return self._aead
+
+
+class Sm4Gcm:
+    """SM4-GCM (GB/T 32907, RFC 8998). Takes ``key`` over."""
+
+    def __init__(self, key: bytearray) -> None:
+        self._key = key
+
+    def seal(self, nonce: bytes, plaintext: memoryview, into: memoryview) -> None:
+        context = Cipher(self._algorithm(), modes.GCM(nonce)).encryptor()
+        context.update_into(plaintext, into[: len(plaintext)])
+        context.finalize()
+        into[len(plaintext) :] = context.tag
+
+    def open(self, nonce: bytes, sealed: memoryview, into: memoryview) -> None:
+        context = Cipher(self._algorithm(), modes.GCM(nonce)).decryptor()
+        context.update_into(sealed[: len(into)], into)
+        try:
+            context.finalize_with_tag(bytes(sealed[len(into) :]))
+        except InvalidTag:
+            into[:] = bytes(len(into))
+            raise
+
+    def close(self) -> None:
+        wipe(self._key)
+        self._key = bytearray()
+
+    def _algorithm(self) -> algorithms.SM4:
+        if not self._key:
+            raise RuntimeError("the message key is gone")
+        return algorithms.SM4(self._key)  # type: ignore[arg-type]  # takes any buffer, its stub says less
+
+
+def check_context(context: bytes) -> None:
+    """Raises ``TooLarge``."""
+    if len(context) > MAX_CONTEXT_BYTES:
+        raise TooLarge(f"a context has at most {MAX_CONTEXT_BYTES} bytes, this one has {len(context)}")
+
+
+def message_aead(key: Key, header: Header, context: bytes) -> Aead:
+    """The key of one message. Raises ``WrongKeyType`` or ``TooLarge``."""
+    key.require(Kind.AEAD)
+    check_context(context)
+    hasher = hashes.Hash(hashes.SHA256())
+    hasher.update(context)
+    info = _INFO + header.encode() + hasher.finalize()
+    if key.algorithm.name == "SM4-GCM":
+        return Sm4Gcm(derive(key.secret, salt=header.salt, info=info, length=16, hash_=hashes.SM3()))
+    return AesGcm(derive(key.secret, salt=header.salt, info=info, length=32))
+
+
+class Encryptor:
+    """One message from plaintext to ciphertext. ``first`` is its header."""
+
+    def __init__(self, key: Key, context: bytes) -> None:
+        header = Header(key.algorithm.number, key.id, key.version, secrets.token_bytes(SALT_BYTES))
+        self._aead = message_aead(key, header, context)
+        self.first = header.encode()
+        self._index = 0
+
+    def update(self, data: Data) -> bytearray:
+        """Whole chunks of plaintext -> as many of ciphertext. Raises ``Malformed`` or ``TooLarge``."""
+        if len(data) > MAX_DATA_BYTES:
+            raise TooLarge(f"at most {MAX_DATA_BYTES} bytes at a time")
+        if len(data) % CHUNK_BYTES:
+            raise Malformed(f"a stream is encrypted in chunks of {CHUNK_BYTES} bytes")
+        return self._seal(memoryview(data), last=False)
+
+    def finish(self, data: Data) -> bytearray:
+        """The rest, at most one chunk."""
+        if len(data) > CHUNK_BYTES:
+            raise TooLarge(f"the last chunk has at most {CHUNK_BYTES} bytes")
+        return self._seal(memoryview(data), last=True)
+
+    def run(self, data: Data) -> bytearray:
+        """A whole message, header and all."""
+        if len(data) > MAX_DATA_BYTES:
+            raise TooLarge(f"at most {MAX_DATA_BYTES} bytes at a time; longer input is a stream")
+        return self._seal(memoryview(data), last=True, before=self.first)
+
+    def close(self) -> None:
+        self._aead.close()
+
+    def _seal(self, data: memoryview, *, last: bool, before: bytes = b"") -> bytearray:
+        count = max(-(-len(data) // CHUNK_BYTES), int(last))
+        if self._index + count > MAX_CHUNKS:
+            raise TooLarge(f"a message has at most {MAX_CHUNKS} chunks", "split the input")
+        out = bytearray(len(before) + len(data) + count * TAG_BYTES)
+        out[: len(before)] = before
+        view = memoryview(out)
+        position, seal, index = len(before), self._aead.seal, self._index
+        for number in range(count):
+            chunk = data[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
+            end = position + len(chunk) + TAG_BYTES
+            seal(chunk_nonce(index + number, last=last and number == count - 1), chunk, view[position:end])
+            position = end
+        self._index += count
+        return out
+
+
+class Decryptor:
+    """One message from ciphertext (after its header) to plaintext."""
+
+    first = b""
+
+    def __init__(self, key: Key, header: bytes, context: bytes) -> None:
+        """Raises ``CiphertextTruncated``, ``CiphertextInvalid``, ``CiphertextForeignKey``, ``WrongKeyType`` or ``TooLarge``."""
+        if len(header) > HEADER_BYTES:
+            raise Malformed(f"a header has {HEADER_BYTES} bytes")
+        said = Header.decode(header)
+        if (said.key, said.version, said.algorithm) != (key.id, key.version, key.algorithm.number):
+            raise CiphertextForeignKey(f"the ciphertext was made with another key than version {key.version} of {key.id}")
+        self._aead = message_aead(key, said, context)
+        self._index = 0
+
+    def update(self, data: Data) -> bytearray:
+        """Whole chunks of ciphertext, none of them the last."""
+        if len(data) > MAX_SEALED_BYTES:
+            raise TooLarge(f"at most {MAX_SEALED_BYTES} bytes at a time")
+        if len(data) % SEALED_CHUNK_BYTES:
+            raise Malformed(f"a stream is decrypted in chunks of {SEALED_CHUNK_BYTES} bytes")
+        return self._open(memoryview(data), last=False)
+
+    def finish(self, data: Data) -> bytearray:
+        """The last chunk. Raises ``CiphertextTruncated`` when the ciphertext ends before it."""
+        if len(data) > SEALED_CHUNK_BYTES:
+            raise TooLarge(f"the last chunk has at most {SEALED_CHUNK_BYTES} bytes")
+        return self._open(memoryview(data), last=True)
+
+    def run(self, data: Data) -> bytearray:
+        """All chunks of a message."""
+        if len(data) > MAX_SEALED_BYTES:
+            raise TooLarge(f"at most {MAX_SEALED_BYTES} bytes at a time; longer input is a stream")
+        return self._open(memoryview(data), last=True)
+
+    def close(self) -> None:
+        self._aead.close()
+
+    def _open(self, data: memoryview, *, last: bool) -> bytearray:
+        count = -(-len(data) // SEALED_CHUNK_BYTES)
+        if last and len(data) - max(count - 1, 0) * SEALED_CHUNK_BYTES < TAG_BYTES:
+            raise CiphertextTruncated("the ciphertext ends before its last chunk")
+        if self._index + count > MAX_CHUNKS:
+            raise CiphertextInvalid(f"a message has at most {MAX_CHUNKS} chunks")
+        out = bytearray(len(data) - count * TAG_BYTES)
+        view = memoryview(out)
+        for number in range(count):
+            sealed = data[number * SEALED_CHUNK_BYTES : (number + 1) * SEALED_CHUNK_BYTES]
+            into = view[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
+            final = last and number == count - 1
+            try:
+                self._aead.open(chunk_nonce(self._index + number, last=final), sealed, into)
+            except InvalidTag as exc:
+                wipe_view(view)
+                if final and self._goes_on(self._index + number, sealed):
+                    raise CiphertextTruncated("the ciphertext ends before its last chunk") from exc
+                raise CiphertextInvalid("the ciphertext was changed, or belongs to another context") from exc
+        self._index += count
+        return out
+
+    def _goes_on(self, index: int, sealed: memoryview) -> bool:
+        """Whether a chunk that should be the last is a good one from the middle: then the end was cut off at a chunk."""
+        into = memoryview(bytearray(len(sealed) - TAG_BYTES))
+        try:
+            self._aead.open(chunk_nonce(index, last=False), sealed, into)
+        except InvalidTag:
+            return False
+        wipe_view(into)
+        return True
+
+
+class Reencryptor:
+    """From one key to another; the plaintext stays here."""
+
+    def __init__(self, source: Decryptor, target: Encryptor) -> None:
+        self._source, self._target = source, target
+        self.first = target.first
+
+    def update(self, data: Data) -> bytearray:
+        return self._pass(self._source.update(data), self._target.update)
+
+    def finish(self, data: Data) -> bytearray:
+        return self._pass(self._source.finish(data), self._target.finish)
+
+    def run(self, data: Data) -> bytearray:
+        return self._pass(self._source.run(data), self._target.run)
+
+    def close(self) -> None:
+        self._source.close()
+        self._target.close()
+
+    @staticmethod
+    def _pass(plaintext: bytearray, encrypt: "_Encrypt") -> bytearray:
+        try:
+            return encrypt(plaintext)
+        finally:
+            wipe(plaintext)
+
+
+class _Encrypt(Protocol):
+    def __call__(self, data: Data) -> bytearray: ...
+
+
+def wipe_view(view: memoryview) -> None:
+    """Overwrite a buffer with zeros."""
+    view[:] = bytes(len(view))

@@ -1,0 +1,103 @@
+"""Who may do what in a VCM: what the consumer's Ukey has signed, as the card checked it. The operator's word counts nothing here."""
+
+import time
+from collections.abc import Callable
+
+from cipherfleet.channel import codec
+from cipherfleet.computing.vcm_escrow import Escrow
+from cipherfleet.contract.errors import (
+    ApplicationRevoked,
+    ApplicationUnknown,
+    ForeignConsumer,
+    LoginRefused,
+    Malformed,
+    NotPermitted,
+    ServiceOff,
+    StatementExpired,
+    StatementReplayed,
+)
+from cipherfleet.contract.identities import Peer, Role
+from cipherfleet.contract.ids import ApplicationName, ConsumerId, VcmId
+from cipherfleet.contract.statements import ApplicationStatement, LoginStatement, Right, Signed
+from cipherfleet.contract.vcc import Operation, VirtualCryptoCard
+
+NONCE_BYTES = 32
+MAX_LOGINS = 65536
+
+
+class Grants:
+    """What the applications' newest statements grant."""
+
+    def __init__(self, consumer: ConsumerId, escrow: Escrow, card: VirtualCryptoCard, wall_clock: Callable[[], float] = time.time) -> None:
+        self._consumer, self._escrow, self._card, self._wall_clock = consumer, escrow, card, wall_clock
+        self._checked: dict[ApplicationName, tuple[Signed, ApplicationStatement]] = {}
+
+    async def authorise(self, peer: Peer, right: Right) -> None:
+        """See ``VcmHost.authorise``. Raises ``ServiceOff`` while nothing is loaded."""
+        identity = peer.identity
+        if identity.consumer != self._consumer:
+            raise ForeignConsumer(f"{identity.uri} is of another consumer")
+        if identity.role is not Role.APPLICATION:
+            raise NotPermitted(f"a {identity.role} may only log in")
+        if self._escrow.seen is None:
+            raise ServiceOff("the statements are not loaded yet")
+        await self._escrow.require()
+        statement = await self._statement(ApplicationName(identity.id), peer.public_key_sha256)
+        if statement.public_key_sha256 != peer.public_key_sha256:
+            raise ApplicationUnknown(f"the consumer signed {identity.id} in with another key")
+        if statement.revoked:
+            raise ApplicationRevoked(f"the consumer signed {identity.id} out")
+        if statement.not_after <= self._wall_clock():
+            raise StatementExpired(f"the consumer's statement on {identity.id} has expired")
+        if right not in statement.rights:
+            raise NotPermitted(f"{identity.id} may not {right}")
+
+    async def _statement(self, name: ApplicationName, public_key_sha256: bytes) -> ApplicationStatement:
+        signed = self._escrow.statements.get(name)
+        known = self._checked.get(name)
+        if signed is not None and known is not None and known[0] == signed and known[1].public_key_sha256 == public_key_sha256:
+            return known[1]
+        if signed is None or (known is not None and known[0] == signed):
+            await self._escrow.refresh()  # it may have been signed in, or anew, a moment ago
+            signed = self._escrow.statements.get(name)
+        if signed is None:
+            raise ApplicationUnknown(f"the consumer has not signed {name} in")
+        done = await self._card.submit(Operation.VERIFY_STATEMENT, parameters=codec.encode(signed))
+        statement = codec.decode(done.data, ApplicationStatement, what="an application's statement")
+        if signed.kind != ApplicationStatement.KIND or statement.name != name or statement.consumer != self._consumer:
+            raise ApplicationUnknown(f"the escrow keeps another statement under the name of {name}")
+        if known is not None and statement.sequence < known[1].sequence:
+            raise StatementReplayed(f"the statement on {name} is older than one seen before")
+        self._checked[name] = signed, statement
+        return statement
+
+
+class Logins:
+    """Creation step 8, at the VCM: who logs in, and the card's answer to it."""
+
+    def __init__(self, vcm: VcmId, consumer: ConsumerId, card: VirtualCryptoCard) -> None:
+        self._vcm, self._consumer, self._card = vcm, consumer, card
+        self._nonces: set[bytes] = set()
+
+    async def login(self, peer: Peer, signed: Signed) -> bytes:
+        """The card's confirmation of the statement's nonce.
+
+        Raises ``LoginRefused``, ``StatementForged``, ``StatementReplayed``, ``ForeignConsumer`` or ``ServiceOff``.
+        """
+        if peer.identity.role is not Role.TERMINAL or peer.identity.consumer != self._consumer:
+            raise LoginRefused("only a terminal of this consumer may log in")
+        if signed.kind != LoginStatement.KIND:
+            raise LoginRefused("this is not a login")
+        done = await self._card.submit(Operation.VERIFY_STATEMENT, parameters=codec.encode(signed))
+        try:
+            statement = codec.decode(done.data, LoginStatement, what="the login")
+        except Malformed as exc:
+            raise LoginRefused("this is not a login") from exc
+        if statement.vcm != self._vcm or statement.consumer != self._consumer or len(statement.nonce) != NONCE_BYTES:
+            raise LoginRefused("the login is for another VCM, or has no nonce")
+        if statement.nonce in self._nonces:
+            raise StatementReplayed("this login was used before")
+        if len(self._nonces) >= MAX_LOGINS:
+            raise LoginRefused(f"a VCM takes at most {MAX_LOGINS} logins")
+        self._nonces.add(statement.nonce)
+        return (await self._card.submit(Operation.CONFIRM, data=statement.nonce)).data

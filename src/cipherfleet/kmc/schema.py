@@ -1,0 +1,113 @@
+"""The KMC's tables. What is wrapped stands here wrapped; no share, no ciphertext CMK and no token ever does."""
+
+from sqlalchemy import BLOB, Boolean, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table
+
+metadata = MetaData()
+
+authorities = Table(
+    "authorities",
+    metadata,
+    Column("name", String, primary_key=True),  # root, platform, domain/CONSUMER: also the key's label in the HSM
+    Column("certificate", BLOB, nullable=False),  # PEM
+)
+
+consumers = Table(
+    "consumers",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("state", String, nullable=False),  # pending | enrolled
+    Column("enrolled_at", Float, nullable=False),
+    Column("ukey", BLOB, nullable=False),  # SubjectPublicKeyInfo: whose signatures count
+    Column("epoch", Integer, nullable=False),
+    Column("sequence", Integer, nullable=False),  # of the escrow's log
+    Column("head", BLOB, nullable=False),
+    Column("row_bytes", Integer, nullable=False),
+    Column("statement_sequence", Integer, nullable=False),  # the newest application statement's
+)
+
+certificates = Table(
+    "certificates",
+    metadata,
+    Column("serial", String, primary_key=True),
+    Column("role", String, nullable=False),
+    Column("consumer", String, nullable=False),
+    Column("id", String, nullable=False),
+    Column("spki_sha256", BLOB, nullable=False),
+    Column("not_after", Float, nullable=False),
+    Column("status", String, nullable=False),  # active | revoked
+    Column("certificate", BLOB, nullable=False),  # PEM, leaf alone
+    Index("certificates_identity", "role", "consumer", "id"),
+)
+
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("consumer", String, ForeignKey("consumers.name"), nullable=False),
+    Column("digest", BLOB, nullable=False),  # SHA-256 of the token
+    Column("mark", BLOB, nullable=False),
+)
+
+vcms = Table(
+    "vcms",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("consumer", String, ForeignKey("consumers.name"), nullable=False),
+    Column("machine", String, nullable=False),
+    Column("token", String, ForeignKey("tokens.id"), nullable=False, unique=True),
+    Column("address", String, nullable=False),
+    Column("card", String, nullable=False),  # empty until the VCM was certified
+    Column("joined", Boolean, nullable=False),  # the VCM came with its certificate: its token is used up
+    Column("loaded", Boolean, nullable=False),  # its card has combined both shares
+    Column("serving", Boolean, nullable=False),
+)
+
+rows = Table(
+    "rows",
+    metadata,
+    Column("consumer", String, ForeignKey("consumers.name"), primary_key=True),
+    Column("key", String, primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("attributes", BLOB, nullable=False),
+    Column("wrapped", BLOB, nullable=False),
+)
+
+log = Table(
+    "log",
+    metadata,
+    Column("consumer", String, ForeignKey("consumers.name"), primary_key=True),
+    Column("sequence", Integer, primary_key=True),
+    Column("subject", String, nullable=False),
+    Column("digest", BLOB, nullable=False),
+)
+
+statements = Table(
+    "statements",
+    metadata,
+    Column("consumer", String, ForeignKey("consumers.name"), primary_key=True),
+    Column("name", String, primary_key=True),
+    Column("statement", BLOB, nullable=False),  # Signed, as JSON
+    Column("serial", String, nullable=False),  # of the certificate issued for it; empty when it signs the application out
+    Column("revoked", Boolean, nullable=False),  # by the consumer's statement or by the operator
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("consumer", String, primary_key=True),  # empty: the platform's own lines
+    Column("sequence", Integer, primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("actor", String, nullable=False),
+    Column("event", String, nullable=False),
+    Column("subject", String, nullable=False),
+    Column("outcome", String, nullable=False),
+    Column("digest", String, nullable=False),
+)
+
+audit_heads = Table(
+    "audit_heads",
+    metadata,
+    Column("consumer", String, primary_key=True),
+    Column("sequence", Integer, nullable=False),
+    Column("digest", String, nullable=False),
+)

@@ -1,0 +1,208 @@
+"""The inventory: machines, security domains, VCMs with their history, tokens, ports and traces."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
+
+from cipherfleet.contract.errors import ConsumerUnknown, LimitReached, StateConflict, VcmUnknown
+from cipherfleet.contract.ids import ConsumerId, MachineId, TokenId, VcmId
+from cipherfleet.contract.lifecycle import Process, TraceEntry
+from cipherfleet.contract.machine_api import Isolation, VcmState
+from cipherfleet.management.database import Database
+from cipherfleet.management.inventory import FIRST_SLOT, LAST_DOMAIN, LAST_SLOT, DomainRecord, MachineRecord, VcmRecord
+from cipherfleet.management.schema import domains, machines, ports, tokens, trace, vcms
+
+
+class Store:
+    """Every method is one transaction; what it wrote is on disk when it returns."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    @staticmethod
+    def open(folder: Path) -> "Store":
+        """Blocking. Raises as ``Database.open``."""
+        return Store(Database.open(folder))
+
+    async def close(self) -> None:
+        await self._database.close()
+
+    # -- machines ------------------------------------------------------------------------------------------------------
+
+    async def put_machine(self, machine: MachineRecord) -> None:
+        def work(connection: Connection) -> None:
+            changed = connection.execute(update(machines).where(machines.c.id == machine.id).values(url=machine.url))
+            if changed.rowcount == 0:
+                connection.execute(insert(machines).values(id=machine.id, url=machine.url))
+
+        await self._database.write(work)
+
+    async def machines(self) -> list[MachineRecord]:
+        rows = await self._database.read(lambda c: c.execute(select(machines)).all())
+        return sorted((msgspec.convert(_fields(row), MachineRecord) for row in rows), key=lambda m: (len(m.id), m.id))
+
+    # -- security domains ----------------------------------------------------------------------------------------------
+
+    async def allot_domain(self, consumer: ConsumerId) -> DomainRecord:
+        """The consumer's domain, allotted at the first call. Raises ``LimitReached``."""
+
+        def work(connection: Connection) -> DomainRecord:
+            row = connection.execute(select(domains).where(domains.c.consumer == consumer)).one_or_none()
+            if row is None:
+                used = set(connection.execute(select(domains.c.index)).scalars())
+                free = next((i for i in range(1, LAST_DOMAIN + 1) if i not in used), None)
+                if free is None:
+                    raise LimitReached(f"all {LAST_DOMAIN} security domains of this cloud are allotted")
+                connection.execute(insert(domains).values(consumer=consumer, index=free, wanted=False, removed=False))
+                return DomainRecord(consumer, free, wanted=False, removed=False)
+            if row.removed:
+                connection.execute(update(domains).where(domains.c.consumer == consumer).values(removed=False))
+            return DomainRecord(consumer, row._mapping["index"], wanted=row.wanted, removed=False)
+
+        return await self._database.write(work)
+
+    async def domain(self, consumer: ConsumerId) -> DomainRecord:
+        """Raises ``ConsumerUnknown``."""
+        found = [domain for domain in await self.domains() if domain.consumer == consumer]
+        if not found:
+            raise ConsumerUnknown(f"there is no consumer {consumer}", "enrol it with: cipherfleet consumer enroll")
+        return found[0]
+
+    async def domains(self) -> list[DomainRecord]:
+        query = select(domains).where(domains.c.removed.is_(False)).order_by(domains.c.index)
+        rows = await self._database.read(lambda c: c.execute(query).all())
+        return [msgspec.convert(_fields(row), DomainRecord, strict=False) for row in rows]
+
+    async def remove_domain(self, consumer: ConsumerId) -> None:
+        """The consumer goes; its index stays its own once a VCM has served on it. Raises ``StateConflict``."""
+
+        def work(connection: Connection) -> None:
+            states = set(connection.execute(select(vcms.c.state).where(vcms.c.consumer == consumer)).scalars())
+            if states - {VcmState.DELETED}:
+                raise StateConflict(f"{consumer} still has a VCM", "delete it first: cipherfleet vcm delete")
+            if states:
+                connection.execute(update(domains).where(domains.c.consumer == consumer).values(removed=True, wanted=False))
+            else:
+                connection.execute(delete(domains).where(domains.c.consumer == consumer))
+
+        await self._database.write(work)
+
+    async def set_wanted(self, consumer: ConsumerId, wanted: bool) -> None:
+        """Whether the consumer wants service."""
+        query = update(domains).where(domains.c.consumer == consumer).values(wanted=wanted)
+        await self._database.write(lambda c: c.execute(query))
+
+    # -- VCMs ----------------------------------------------------------------------------------------------------------
+
+    async def add_vcm(self, vcm: VcmId, consumer: ConsumerId) -> VcmRecord:
+        now = time.time()
+        record = VcmRecord(vcm, consumer, VcmState.BUILDING, now, now)
+        await self._database.write(lambda c: c.execute(insert(vcms).values(**_columns(record))))
+        return record
+
+    async def vcm(self, vcm: VcmId) -> VcmRecord:
+        """Raises ``VcmUnknown``."""
+        row = await self._database.read(lambda c: c.execute(select(vcms).where(vcms.c.id == vcm)).one_or_none())
+        if row is None:
+            raise VcmUnknown(f"there is no VCM {vcm}", "see: cipherfleet vcm list --all")
+        return _record(row)
+
+    async def vcms(self, *, consumer: ConsumerId | None = None, deleted: bool = False) -> list[VcmRecord]:
+        """VCMs, oldest first; those that are only history too if ``deleted``."""
+        query = select(vcms).order_by(vcms.c.created_at, vcms.c.id)
+        if not deleted:
+            query = query.where(vcms.c.state != VcmState.DELETED)
+        if consumer is not None:
+            query = query.where(vcms.c.consumer == consumer)
+        return [_record(row) for row in await self._database.read(lambda c: c.execute(query).all())]
+
+    async def change_vcm(self, vcm: VcmId, **changes: Any) -> VcmRecord:
+        """Change fields of a ``VcmRecord``. Raises ``VcmUnknown``."""
+
+        def work(connection: Connection) -> VcmRecord:
+            row = connection.execute(select(vcms).where(vcms.c.id == vcm)).one_or_none()
+            if row is None:
+                raise VcmUnknown(f"there is no VCM {vcm}")
+            record = msgspec.structs.replace(_record(row), changed_at=time.time(), **changes)
+            connection.execute(update(vcms).where(vcms.c.id == vcm).values(**_columns(record)))
+            return record
+
+        return await self._database.write(work)
+
+    async def place_vcm(self, vcm: VcmId, consumer: ConsumerId, machine: MachineId) -> VcmRecord:
+        """Creation step 4: the machine, and the lowest free slot of the domain. Raises ``LimitReached``."""
+
+        def work(connection: Connection) -> VcmRecord:
+            used = set(connection.execute(select(ports.c.slot).where(ports.c.consumer == consumer)).scalars())
+            free = next((s for s in range(FIRST_SLOT, LAST_SLOT + 1) if s not in used), None)
+            if free is None:
+                raise LimitReached(f"{consumer} has {len(used)} VCMs, more do not fit into its security domain")
+            connection.execute(insert(ports).values(consumer=consumer, slot=free, vcm=vcm))
+            row = connection.execute(select(vcms).where(vcms.c.id == vcm)).one()
+            record = msgspec.structs.replace(_record(row), machine=machine, slot=free, changed_at=time.time())
+            connection.execute(update(vcms).where(vcms.c.id == vcm).values(**_columns(record)))
+            return record
+
+        return await self._database.write(work)
+
+    # -- ports and tokens ----------------------------------------------------------------------------------------------
+
+    async def release_port(self, vcm: VcmId) -> None:
+        await self._database.write(lambda c: c.execute(delete(ports).where(ports.c.vcm == vcm)))
+
+    async def ports(self) -> dict[ConsumerId, dict[int, VcmId]]:
+        """The slots in use, by consumer."""
+        rows = await self._database.read(lambda c: c.execute(select(ports)).all())
+        found: dict[ConsumerId, dict[int, VcmId]] = {}
+        for row in rows:
+            found.setdefault(row.consumer, {})[row.slot] = row.vcm
+        return found
+
+    async def save_token(self, vcm: VcmId, token_id: TokenId, token: bytes) -> None:
+        await self._database.write(lambda c: c.execute(insert(tokens).values(vcm=vcm, token_id=token_id, token=token)))
+
+    async def delete_token(self, vcm: VcmId) -> None:
+        await self._database.write(lambda c: c.execute(delete(tokens).where(tokens.c.vcm == vcm)))
+
+    async def count_tokens(self) -> int:
+        return await self._database.read(lambda c: c.execute(select(func.count()).select_from(tokens)).scalar_one())
+
+    # -- traces --------------------------------------------------------------------------------------------------------
+
+    async def add_trace(self, vcm: VcmId, entry: TraceEntry) -> None:
+        """Record a step; step 1 begins the trace of its process anew (a deletion is repeated until it is through)."""
+        same = (trace.c.vcm == vcm) & (trace.c.process == entry.process)
+
+        def work(connection: Connection) -> None:
+            connection.execute(delete(trace).where(same & (trace.c.step >= entry.step)))
+            connection.execute(insert(trace).values(vcm=vcm, **msgspec.structs.asdict(entry)))
+
+        await self._database.write(work)
+
+    async def trace(self, vcm: VcmId) -> tuple[TraceEntry, ...]:
+        """The creation's steps, then the deletion's."""
+        query = select(trace).where(trace.c.vcm == vcm).order_by(trace.c.step)
+        rows = await self._database.read(lambda c: c.execute(query).all())
+        entries = [msgspec.convert(_fields(row), TraceEntry) for row in rows]
+        return tuple(e for process in Process for e in entries if e.process is process)
+
+
+def _columns(record: VcmRecord) -> dict[str, Any]:
+    columns = msgspec.structs.asdict(record)
+    columns["isolation"] = None if record.isolation is None else msgspec.json.encode(record.isolation).decode()
+    return columns
+
+
+def _fields(row: Row[Any]) -> dict[str, Any]:
+    """A row by its columns' names (SQLAlchemy's own kind of string made plain)."""
+    return {str(name): value for name, value in row._mapping.items()}
+
+
+def _record(row: Row[Any]) -> VcmRecord:
+    columns = _fields(row)
+    if columns["isolation"] is not None:
+        columns["isolation"] = msgspec.json.decode(columns["isolation"], type=Isolation)
+    return msgspec.convert(columns, VcmRecord)

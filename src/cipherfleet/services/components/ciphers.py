@@ -1,0 +1,85 @@
+"""Encrypt, decrypt, re-encrypt and data keys: ciphertexts in the format of ``contract.ciphertext``, streamed both ways."""
+
+from cipherfleet.channel import codec
+from cipherfleet.channel.server import Call
+from cipherfleet.contract.algorithms import Use, by_number
+from cipherfleet.contract.ciphertext import HEADER_BYTES, TAG_BYTES, Header, sealed_length
+from cipherfleet.contract.errors import CiphertextInvalid, CiphertextTruncated, Malformed
+from cipherfleet.contract.ids import KeyId
+from cipherfleet.contract.statements import Right
+from cipherfleet.contract.vcc import CHUNK_BYTES, DataKeyRequest, Operation, StreamRequest, Verb
+from cipherfleet.contract.vcm import KeyUse
+from cipherfleet.contract.vcm_api import DataKeyReply
+from cipherfleet.services import wire
+from cipherfleet.services.components.bodies import Body
+from cipherfleet.services.components.routes import Routes
+
+_SEALED_CHUNK = CHUNK_BYTES + TAG_BYTES
+
+
+class Ciphers:
+    def __init__(self, routes: Routes) -> None:
+        self._routes = routes
+        routes.add("POST", "/v1/keys/{key}/encrypt", (Right.ENCRYPT,), self.encrypt)
+        routes.add("POST", "/v1/decrypt", (Right.DECRYPT,), self.decrypt)
+        routes.add("POST", "/v1/keys/{key}/reencrypt", (Right.DECRYPT, Right.ENCRYPT), self.reencrypt)
+        routes.add("POST", "/v1/keys/{key}/data-key", (Right.ENCRYPT,), self.data_key)
+
+    async def encrypt(self, call: Call) -> object:
+        body = self._routes.body(call)
+        context = self._routes.context(call)
+        use = await self._routes.key_use(call, Use.ENCRYPT)
+        length = None if body.length is None else sealed_length(body.length)
+        return await self._routes.cipher(call, body, use, StreamRequest(Verb.ENCRYPT, context), handle=use.handle, length=length)
+
+    async def decrypt(self, call: Call) -> object:
+        """The key and its version come from the ciphertext's header. Only verified plaintext leaves the card."""
+        body = self._routes.body(call)
+        context = self._routes.context(call)
+        header, use = await self._source(body)
+        length = _opened_length(body.length)
+        return await self._routes.cipher(call, body, use, StreamRequest(Verb.DECRYPT, context, header), handle=use.handle, length=length)
+
+    async def reencrypt(self, call: Call) -> object:
+        """A ciphertext under any key becomes one under the path's key; the plaintext stays in the card."""
+        body = self._routes.body(call)
+        context, target_context = self._routes.context(call), self._routes.context(call, wire.TARGET_CONTEXT)
+        target = await self._routes.key_use(call, Use.ENCRYPT)
+        header, source = await self._source(body)
+        _opened_length(body.length)  # cut ciphertexts are refused before anything is sent
+        request = StreamRequest(Verb.REENCRYPT, context, header, target=target.handle, target_context=target_context)
+        return await self._routes.cipher(call, body, target, request, handle=source.handle, length=body.length)
+
+    async def data_key(self, call: Call) -> DataKeyReply:
+        """A new key for the caller's own use, encrypted under the path's key; it is not stored."""
+        ask = await self._routes.body(call).message(wire.DataKeyAsk)
+        if not 16 <= ask.length <= 64:
+            raise Malformed("a data key has 16 to 64 bytes")
+        context = self._routes.context(call)
+        use = await self._routes.key_use(call, Use.ENCRYPT)
+        parameters = codec.encode(DataKeyRequest(ask.length, ask.plaintext, context))
+        done = await self._routes.host.card.submit(Operation.DATA_KEY, handle=use.handle, parameters=parameters)
+        plaintext = done.data[done.value :] if ask.plaintext else None
+        return DataKeyReply(use.key, use.version, done.data[: done.value], plaintext)
+
+    async def _source(self, body: Body) -> tuple[bytes, KeyUse]:
+        """The header of the ciphertext in the body, and the key it names."""
+        await body.fill(HEADER_BYTES - 1)
+        raw = body.take(HEADER_BYTES)
+        header = Header.decode(raw)
+        named = by_number(header.algorithm)
+        use = self._routes.check_use(await self._routes.host.keys.use(KeyId(header.key), version=header.version), Use.ENCRYPT)
+        if named.name != use.algorithm:
+            raise CiphertextInvalid(f"the ciphertext's header names {named.name}, its key is one of {use.algorithm}")
+        return raw, use
+
+
+def _opened_length(sealed: int | None) -> int | None:
+    """Size of the plaintext of a ciphertext of ``sealed`` bytes. Raises ``CiphertextTruncated``."""
+    if sealed is None:
+        return None
+    rest = sealed - HEADER_BYTES
+    chunks = max(1, -(-rest // _SEALED_CHUNK))
+    if rest - (chunks - 1) * _SEALED_CHUNK < TAG_BYTES:
+        raise CiphertextTruncated("the ciphertext was cut within a chunk")
+    return rest - chunks * TAG_BYTES

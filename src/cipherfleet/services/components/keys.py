@@ -1,0 +1,51 @@
+"""Create, list, show, rotate, enable, disable and delete keys."""
+
+from collections.abc import Awaitable, Callable
+
+from cipherfleet.channel.server import Call
+from cipherfleet.contract.algorithms import Kind, algorithm
+from cipherfleet.contract.errors import Malformed, WrongKeyType
+from cipherfleet.contract.escrow import KeyState
+from cipherfleet.contract.ids import KeyId
+from cipherfleet.contract.statements import Right
+from cipherfleet.contract.vcm_api import KeyCreateRequest, KeyDescription, KeyListReply
+from cipherfleet.services import wire
+from cipherfleet.services.components.routes import Routes, actor
+
+_STATES = {"enable": KeyState.ENABLED, "disable": KeyState.DISABLED, "delete": KeyState.DELETED}
+
+
+class Keys:
+    def __init__(self, routes: Routes) -> None:
+        self._routes = routes
+        routes.add("POST", "/v1/keys", (Right.CREATE,), self.create)
+        routes.add("GET", "/v1/keys", (Right.SHOW,), self.list_keys)
+        routes.add("GET", "/v1/keys/{key}", (Right.SHOW,), self.describe)
+        routes.add("POST", "/v1/keys/{key}/rotate", (Right.MANAGE,), self.rotate)
+        for verb, state in _STATES.items():
+            routes.add("POST", f"/v1/keys/{{key}}/{verb}", (Right.MANAGE,), self._setter(state))
+
+    async def create(self, call: Call) -> KeyDescription:
+        """It is acknowledged after the escrow has it."""
+        request = await self._routes.body(call).message(KeyCreateRequest)
+        chosen = algorithm(request.algorithm)
+        if chosen.kind is Kind.DIGEST:
+            raise WrongKeyType(f"{chosen.name} is a digest, it has no keys")
+        if len(request.label) > wire.MAX_LABEL_CHARACTERS or not request.label.isprintable():
+            raise Malformed(f"a label has at most {wire.MAX_LABEL_CHARACTERS} characters, all printable")
+        return await self._routes.host.keys.create(chosen.name, label=request.label, actor=actor(call))
+
+    async def list_keys(self, call: Call) -> KeyListReply:
+        return KeyListReply(tuple(await self._routes.host.keys.list_keys()))
+
+    async def describe(self, call: Call) -> KeyDescription:
+        return await self._routes.host.keys.describe(call.path("key", KeyId))
+
+    async def rotate(self, call: Call) -> KeyDescription:
+        return await self._routes.host.keys.rotate(call.path("key", KeyId), actor=actor(call))
+
+    def _setter(self, state: KeyState) -> Callable[[Call], Awaitable[KeyDescription]]:
+        async def set_state(call: Call) -> KeyDescription:
+            return await self._routes.host.keys.set_state(call.path("key", KeyId), state, actor=actor(call))
+
+        return set_state

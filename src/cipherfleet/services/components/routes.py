@@ -1,0 +1,117 @@
+"""What every component stands on: rights first, then the handler; answers that broke off are remembered."""
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from cipherfleet.channel.server import Call, Server
+from cipherfleet.contract.algorithms import Use, algorithm
+from cipherfleet.contract.errors import CipherfleetError, ErrorBody, Internal, NotPermitted, WrongKeyType
+from cipherfleet.contract.identities import Role
+from cipherfleet.contract.ids import KeyId, Serial
+from cipherfleet.contract.statements import Right
+from cipherfleet.contract.vcc import StreamRequest
+from cipherfleet.contract.vcm import KeyUse, VcmHost
+from cipherfleet.services import wire
+from cipherfleet.services.components.bodies import Body, header_bytes, request_id
+from cipherfleet.services.components.streams import Answer, transform
+
+Handler = Callable[[Call], Awaitable[object]]
+
+MAX_REMEMBERED_ERRORS = 1024
+ANY_RIGHT: tuple[Right, ...] = ()
+_NO_STORE = {"Cache-Control": "no-store"}
+_VERBS_OF = {Use.ENCRYPT: "encrypt or decrypt", Use.SIGN: "sign or verify", Use.MAC: "make or check a MAC"}
+
+
+class Routes:
+    """The components' view of their server and of the VCM that hosts them."""
+
+    def __init__(self, server: Server, host: VcmHost, stall_s: float) -> None:
+        self.host = host
+        self._server = server
+        self._stall_s = stall_s
+        self._errors: OrderedDict[tuple[Serial, str], ErrorBody] = OrderedDict()
+
+    def add(self, method: str, path: str, rights: tuple[Right, ...], handler: Handler) -> None:
+        """Serve ``handler`` to applications that have all of ``rights`` (with ``ANY_RIGHT``: at least one of any)."""
+
+        async def serve(call: Call) -> object:
+            try:
+                await self._authorise(call, rights)
+                return await handler(call)
+            except ConnectionError:
+                return web.Response(status=499)  # nobody is there to read it
+
+        self._server.route(method, path, {Role.APPLICATION}, serve)
+
+    def body(self, call: Call) -> Body:
+        return Body(call.request, self._stall_s)
+
+    async def key_use(self, call: Call, use: Use, *, version: int | None = None) -> KeyUse:
+        """The key that the path names, fit for ``use``. Raises ``WrongKeyType`` and what ``KeyStore.use`` raises."""
+        return self.check_use(await self.host.keys.use(call.path("key", KeyId), version=version), use)
+
+    @staticmethod
+    def check_use(found: KeyUse, use: Use) -> KeyUse:
+        if use not in algorithm(found.algorithm).uses:
+            raise WrongKeyType(f"a key of {found.algorithm} cannot {_VERBS_OF[use]}")
+        return found
+
+    @staticmethod
+    def context(call: Call, name: str = wire.CONTEXT) -> bytes:
+        """The encryption context. Raises ``Malformed`` or ``TooLarge``."""
+        return header_bytes(call.request, name, wire.MAX_CONTEXT_BYTES)
+
+    async def cipher(self, call: Call, body: Body, use: KeyUse, request: StreamRequest, *, handle: int, length: int | None) -> object:
+        """Answer with the body, transformed; ``use`` is the key that the answer names. A broken answer's reason is kept."""
+        name = request_id(call.request)
+        headers = key_headers(use)
+        answer = Answer(call.request, headers, length, self._stall_s)
+        try:
+            return await transform(self.host.card, handle, request, body, answer, plain_headers=headers)
+        except Exception as exc:
+            if not answer.begun:
+                raise
+            if name is not None and not isinstance(exc, ConnectionError):
+                error = exc if isinstance(exc, CipherfleetError) else Internal("something went wrong on our side")
+                self._errors[(call.peer.serial, name)] = error.to_reply().error
+                while len(self._errors) > MAX_REMEMBERED_ERRORS:
+                    self._errors.popitem(last=False)
+            answer.break_off()
+            return answer.response
+
+    async def request_error(self, call: Call) -> object:
+        """Why a request of this very caller broke off."""
+        return wire.RequestError(self._errors.get((call.peer.serial, call.path("request", wire.RequestId))))
+
+    async def _authorise(self, call: Call, rights: tuple[Right, ...]) -> None:
+        if rights:
+            for right in rights:
+                await self.host.authorise(call.peer, right)
+            return
+        refused = NotPermitted("this application has no rights")
+        for right in Right:
+            try:
+                await self.host.authorise(call.peer, right)
+            except NotPermitted as exc:
+                refused = exc
+            else:
+                return
+        raise refused
+
+
+def key_headers(use: KeyUse) -> dict[str, str]:
+    """What every answer made with a key says of it."""
+    return {**_NO_STORE, wire.KEY: use.key, wire.KEY_VERSION: str(use.version), wire.ALGORITHM: use.algorithm}
+
+
+def raw(data: bytes, headers: dict[str, str] | None = None) -> web.Response:
+    """A short answer of raw bytes."""
+    return web.Response(body=data, headers=headers or _NO_STORE, content_type="application/octet-stream")
+
+
+def actor(call: Call) -> str:
+    """Who a change is noted for."""
+    return f"application/{call.peer.identity.id}"

@@ -1,0 +1,105 @@
+"""Signing an application in: only the Ukey can, the KMC merely certifies what the Ukey signed."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from cipherfleet.channel.certificates import check_chain, identity_of, key_to_pem, make_request, new_key, public_key_der
+from cipherfleet.channel.signing import sign
+from cipherfleet.contract.errors import CertificateInvalid, Malformed, SignatureInvalid, Unsupported
+from cipherfleet.contract.identities import Identity, Role
+from cipherfleet.contract.ids import ApplicationName, is_slug
+from cipherfleet.contract.kmc_api import ApplicationRequest
+from cipherfleet.contract.management_api import DomainInfo
+from cipherfleet.contract.messages import Chain
+from cipherfleet.contract.profile import Profile
+from cipherfleet.contract.settings import Settings
+from cipherfleet.contract.statements import ApplicationStatement, Right
+from cipherfleet.terminal.callers import kmc_caller, management_caller
+from cipherfleet.terminal.ukey import Ukey
+
+MAX_DAYS = 825
+_MINIMUM_RSA_BITS = 2048
+
+
+async def sign_in(
+    ukey: Ukey,
+    name: ApplicationName,
+    rights: Sequence[Right],
+    days: int | None = None,
+    csr: bytes | None = None,
+    settings: Settings | None = None,
+) -> Profile:
+    """The profile of the application ``name``, certified for ``days`` with ``rights``.
+
+    ``csr`` (PKCS#10, PEM or DER) leaves the key with the application; otherwise one is made here and goes into the profile.
+    Raises ``Malformed``, ``SignatureInvalid``, ``Unsupported``, ``UkeyAbsent``, or what KMC or management answered.
+    """
+    days = (settings or Settings()).application_days if days is None else days
+    if not is_slug(name):
+        raise Malformed("an application's name has 1 to 32 of a-z, 0-9 and dash")
+    if not rights:
+        raise Malformed("an application without any right can do nothing", f"rights are: {', '.join(Right)}")
+    if not 1 <= days <= MAX_DAYS:
+        raise Malformed(f"an application's certificate lasts 1 to {MAX_DAYS} days")
+    consumer, granted = ukey.record.consumer, tuple(right for right in Right if right in rights)
+    key_pem = b""
+    if csr is None:
+        key = new_key()
+        key_pem = key_to_pem(key)
+        csr = make_request(key, Identity(Role.APPLICATION, name, consumer))
+    request, public_key = read_request(csr)
+    async with management_caller(ukey) as management:  # first: without endpoints the certificate would be of no use
+        domain = await management.call("GET", "/v1/domain", reply=DomainInfo)
+    statement = ApplicationStatement(
+        consumer,
+        name,
+        hashlib.sha256(public_key).digest(),
+        granted,
+        int(time.time()) + days * 86400,
+        await ukey.memory.next_sequence(),  # a number is lost rather than given twice
+    )
+    signed = await sign(statement, ukey.signer)
+    async with kmc_caller(ukey) as kmc:
+        reply = await kmc.call("POST", "/v1/applications", ApplicationRequest(signed, request), reply=Chain)
+    leaf = check_chain(reply.chain, ukey.record.domain.encode())
+    if identity_of(leaf) != Identity(Role.APPLICATION, name, consumer) or public_key_der(leaf.public_key()) != public_key:
+        raise CertificateInvalid("the KMC certified something else than was asked for")
+    return Profile(
+        consumer=consumer,
+        application=name,
+        endpoints=domain.endpoints,
+        trust=ukey.record.domain,  # from the Ukey, not from the answer
+        chain=reply.chain.decode(),
+        key=key_pem.decode(),
+        rights=granted,
+        not_after=statement.not_after,
+    )
+
+
+def read_request(csr: bytes) -> tuple[bytes, bytes]:
+    """A certificate request as DER, and its public key (SubjectPublicKeyInfo DER).
+
+    Raises ``Malformed``, ``SignatureInvalid`` when its owner does not hold the key, ``Unsupported`` for a key TLS cannot use.
+    """
+    try:
+        pem = csr.lstrip().startswith(b"-----BEGIN")
+        request = x509.load_pem_x509_csr(csr) if pem else x509.load_der_x509_csr(csr)
+        key = request.public_key()
+        valid = request.is_signature_valid
+    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
+        raise Malformed("the certificate request cannot be read", "give PKCS#10 as PEM or DER") from exc
+    if not valid:
+        raise SignatureInvalid("the certificate request is not signed by its own key")
+    if isinstance(key, rsa.RSAPublicKey):
+        strong = key.key_size >= _MINIMUM_RSA_BITS
+    else:
+        strong = isinstance(key, (ec.EllipticCurvePublicKey, ed25519.Ed25519PublicKey)) and getattr(key, "key_size", 256) >= 256
+    if not strong:
+        raise Unsupported("the certificate request's key is of an unsuitable kind or size", "use EC P-256, Ed25519 or RSA-2048")
+    return request.public_bytes(Encoding.DER), public_key_der(key)

@@ -1,0 +1,553 @@
+"""The service flow at the terminal: from the Ukey's insertion to service on, and what is refused on the way."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+import pytest
+
+from cipherfleet.channel import signing
+from cipherfleet.channel.certificates import new_key
+from cipherfleet.channel.signing import LocalSigner
+from cipherfleet.contract.errors import (
+    CardUnconfirmed,
+    CardUntrusted,
+    CheckpointForged,
+    CipherfleetError,
+    CmkInvalid,
+    EscrowRolledBack,
+    Malformed,
+    MarkMismatch,
+    NoCapacity,
+    TimedOut,
+)
+from cipherfleet.contract.identities import Identity, Role
+from cipherfleet.contract.ids import CardId, VcmId
+from cipherfleet.contract.kmc_api import (
+    CmkReleased,
+    DownloadSignal,
+    LeaseRequested,
+    LeaseSigned,
+    ReleaseRefused,
+    TerminalRefused,
+    UkeyRemoved,
+)
+from cipherfleet.contract.management_api import (
+    DeletePermit,
+    FlowFailed,
+    IdentityWanted,
+    Inserted,
+    LoggedIn,
+    LoginFailed,
+    LoginPermit,
+    Removed,
+    ServiceOffSeen,
+    ServiceOn,
+)
+from cipherfleet.contract.statements import CheckpointStatement, Purpose
+from cipherfleet.contract.vcm_api import LoginReply
+from cipherfleet.terminal.ukey import DirectoryUkey
+from tests.pki import Authority
+from tests.unit.terminal.platform import ACME, PIN, Platform, StandInCard
+from tests.unit.terminal.running import Running
+
+OTHER_VCM = VcmId("vcm-ffffffffffff")
+
+
+async def test_the_whole_flow_to_service_on(enrolled: Platform, terminal: Running) -> None:
+    enrolled.kmc.grow(3)
+    await enrolled.management.line.hears(Inserted)
+    vcm = await enrolled.create(inserted=False)
+    info = await terminal.on
+    assert (info.consumer, info.vcm, info.endpoint) == ("acme", vcm.id, vcm.endpoint)
+    assert [entry.step for entry in info.trace] == [9]
+    assert terminal.steps() == [
+        "kmc-connected",
+        "management-connected",
+        "inserted",
+        "identity-proven",
+        "login-permit",
+        "download-signal",
+        "cmk-released",
+        "logged-in",
+        "service-on",
+    ]
+    with DirectoryUkey.open(enrolled.ukey, PIN) as ukey:
+        assert ukey.memory.seen == enrolled.kmc.point()
+
+
+async def test_the_share_names_the_ukey_and_what_it_saw(enrolled: Platform, terminal: Running) -> None:
+    enrolled.kmc.grow(2)
+    vcm = await _permitted(enrolled)
+    await enrolled.signal(vcm)
+    share = await enrolled.released(vcm)
+    assert (share.consumer, share.card, share.vcm) == (ACME, vcm.card.id, vcm.id)
+    assert share.ukey_public_keys == (enrolled.kmc.identity_key,)
+    assert (share.epoch, share.sequence, share.head) == msgspec.structs.astuple(enrolled.kmc.point())
+    assert len(share.ukey_share) == 32
+
+
+async def test_a_signal_that_comes_before_its_permit_waits(enrolled: Platform, terminal: Running) -> None:
+    await enrolled.management.line.hears(Inserted)
+    await enrolled.identify()
+    vcm = await enrolled.vcm()
+    await enrolled.signal(vcm)
+    await terminal.tells("download-signal")
+    assert enrolled.kmc.line.sent.empty()
+    await enrolled.permit(vcm)
+    await enrolled.released(vcm)
+    await enrolled.serve(vcm)
+    await terminal.on
+
+
+async def test_a_waiting_signal_lets_the_checkpoint_move_on(enrolled: Platform, terminal: Running) -> None:
+    first = await enrolled.create()
+    second = await enrolled.vcm()
+    await enrolled.signal(second)
+    await terminal.tells("download-signal", times=2)
+    enrolled.kmc.grow(2)
+    await enrolled.lease(first, checkpoint=await enrolled.kmc.checkpoint(), log=tuple(enrolled.kmc.log))
+    await enrolled.identify()
+    await enrolled.permit(second)
+    assert (await enrolled.released(second)).sequence == 2
+
+
+async def test_a_signal_without_a_permit_is_refused_in_the_end(enrolled: Platform, terminal: Running) -> None:
+    await enrolled.management.line.hears(Inserted)
+    vcm = await enrolled.vcm()
+    await enrolled.signal(vcm)
+    refused = await enrolled.kmc.line.hears(ReleaseRefused)
+    assert (refused.vcm, refused.code) == (vcm.id, MarkMismatch.code)
+
+
+async def test_a_signal_with_another_mark_releases_nothing(enrolled: Platform, terminal: Running) -> None:
+    vcm = await _permitted(enrolled)
+    await enrolled.signal(vcm, mark=os.urandom(32))
+    await _refused(enrolled, terminal, vcm.id, MarkMismatch)
+
+
+async def test_the_mark_is_good_once(enrolled: Platform, terminal: Running) -> None:
+    vcm = await enrolled.create()
+    await enrolled.signal(vcm)
+    refused = await enrolled.kmc.line.hears(ReleaseRefused)
+    assert refused.code == MarkMismatch.code
+    await enrolled.lease(vcm)  # the running service is none the worse
+
+
+def _foreign_root(platform: Platform) -> StandInCard:
+    return StandInCard(Authority("root").subordinate("platform"))
+
+
+def _machine_certificate(platform: Platform) -> StandInCard:
+    return StandInCard(platform.kmc.platform, identity=Identity(Role.MACHINE, "m1"))
+
+
+def _other_card(platform: Platform) -> StandInCard:
+    return StandInCard(platform.kmc.platform, identity=Identity(Role.CARD, "card-m1-ffffffff"))
+
+
+def _no_transport_key(platform: Platform) -> StandInCard:
+    card = StandInCard(platform.kmc.platform)
+    card.chain = platform.kmc.platform.certify(Identity(Role.CARD, card.id), new_key().public_key())
+    return card
+
+
+def _short_transport_key(platform: Platform) -> StandInCard:
+    card = StandInCard(platform.kmc.platform)
+    card.chain = platform.kmc.platform.certify(Identity(Role.CARD, card.id), new_key().public_key(), hpke_public_key=b"short")
+    return card
+
+
+def _impossible_transport_key(platform: Platform) -> StandInCard:
+    card = StandInCard(platform.kmc.platform)
+    key = b"\xff" * 1184 + bytes(32)
+    card.chain = platform.kmc.platform.certify(Identity(Role.CARD, card.id), new_key().public_key(), hpke_public_key=key)
+    return card
+
+
+def _expired(platform: Platform) -> StandInCard:
+    card = StandInCard(platform.kmc.platform)
+    card.chain = platform.kmc.platform.certify(
+        Identity(Role.CARD, card.id), new_key().public_key(), hpke_public_key=card.transport_key, lifetime=timedelta(minutes=-1)
+    )
+    return card
+
+
+def _garbage(platform: Platform) -> StandInCard:
+    card = StandInCard(platform.kmc.platform)
+    card.chain = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+    return card
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _foreign_root,
+        _machine_certificate,
+        _other_card,
+        _no_transport_key,
+        _short_transport_key,
+        _impossible_transport_key,
+        _expired,
+        _garbage,
+    ],
+)
+async def test_a_card_that_is_not_to_be_trusted_gets_nothing(
+    enrolled: Platform, terminal: Running, make: Callable[[Platform], StandInCard]
+) -> None:
+    vcm = await _permitted(enrolled, make(enrolled))
+    await enrolled.signal(vcm)
+    await _refused(enrolled, terminal, vcm.id, CardUntrusted)
+
+
+async def _rolled_back(platform: Platform) -> dict[str, Any]:
+    return {"checkpoint": await platform.kmc.checkpoint(log=platform.kmc.log[:1]), "log": tuple(platform.kmc.log[:1])}
+
+
+async def _forked(platform: Platform) -> dict[str, Any]:
+    forked = [msgspec.structs.replace(platform.kmc.log[0], digest=os.urandom(32)), *platform.kmc.log[1:]]
+    return {"checkpoint": await platform.kmc.checkpoint(log=forked), "log": tuple(forked)}
+
+
+async def _forked_and_longer(platform: Platform) -> dict[str, Any]:
+    platform.kmc.log[0] = msgspec.structs.replace(platform.kmc.log[0], digest=os.urandom(32))
+    platform.kmc.grow()
+    return {"checkpoint": await platform.kmc.checkpoint(), "log": tuple(platform.kmc.log)}
+
+
+async def _with_a_gap(platform: Platform) -> dict[str, Any]:
+    platform.kmc.grow(2)
+    return {"checkpoint": await platform.kmc.checkpoint(), "log": tuple(platform.kmc.log[3:])}
+
+
+async def _of_another_epoch(platform: Platform) -> dict[str, Any]:
+    return {"checkpoint": await platform.kmc.checkpoint(epoch=2), "log": tuple(platform.kmc.log)}
+
+
+async def _by_somebody_else(platform: Platform) -> dict[str, Any]:
+    platform.kmc.grow()
+    return {"checkpoint": await platform.kmc.checkpoint(signer=LocalSigner(new_key())), "log": tuple(platform.kmc.log)}
+
+
+async def _for_somebody_else(platform: Platform) -> dict[str, Any]:
+    point = platform.kmc.point()
+    statement = CheckpointStatement("globex", point.epoch, point.sequence, point.head)  # type: ignore[arg-type]
+    return {"checkpoint": await signing.sign(statement, platform.kmc.signer), "log": ()}
+
+
+HISTORIES = [
+    (_rolled_back, EscrowRolledBack),
+    (_forked, EscrowRolledBack),
+    (_forked_and_longer, EscrowRolledBack),
+    (_with_a_gap, EscrowRolledBack),
+    (_of_another_epoch, EscrowRolledBack),
+    (_by_somebody_else, CheckpointForged),
+    (_for_somebody_else, CheckpointForged),
+]
+
+
+@pytest.mark.parametrize(("history", "error"), HISTORIES)
+async def test_an_escrow_whose_history_changed_ends_the_service(
+    enrolled: Platform, terminal: Running, history: Callable[[Platform], Any], error: type[CipherfleetError]
+) -> None:
+    enrolled.kmc.grow(2)
+    vcm = await enrolled.create()
+    seen = enrolled.kmc.point()
+    await enrolled.kmc.line.say(LeaseRequested(vcm.id, vcm.card.id, os.urandom(16), **await history(enrolled)))
+    with pytest.raises(error):
+        await terminal.ends()
+    await enrolled.kmc.line.hears(UkeyRemoved)
+    await enrolled.management.line.hears(Removed)
+    with DirectoryUkey.open(enrolled.ukey, PIN) as ukey:
+        assert ukey.memory.seen == seen
+
+
+async def test_a_rolled_back_escrow_gets_no_cmk(enrolled: Platform, terminal: Running) -> None:
+    enrolled.kmc.grow(2)
+    vcm = await enrolled.create()
+    await enrolled.identify()
+    second = await enrolled.vcm()
+    await enrolled.permit(second)
+    await enrolled.signal(second, **await _rolled_back(enrolled))
+    refused = await enrolled.kmc.line.hears(ReleaseRefused)
+    assert (refused.vcm, refused.code) == (second.id, EscrowRolledBack.code)
+    with pytest.raises(EscrowRolledBack):
+        await terminal.ends()
+    assert vcm.serving
+
+
+async def test_the_checkpoint_moves_on_with_the_leases(enrolled: Platform, terminal: Running) -> None:
+    vcm = await enrolled.create()
+    for _ in range(2):
+        enrolled.kmc.grow()
+        await enrolled.lease(vcm, checkpoint=await enrolled.kmc.checkpoint(), log=tuple(enrolled.kmc.log[-1:]))
+    with DirectoryUkey.open(enrolled.ukey, PIN) as ukey:
+        assert ukey.memory.seen.sequence == 2
+        assert ukey.memory.seen == enrolled.kmc.point()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vcm": OTHER_VCM},
+        {"card": CardId("card-m1-ffffffff")},
+        {"nonce": b"short"},
+        {"nonce": b""},
+    ],
+)
+async def test_a_lease_that_nobody_of_ours_wants_is_not_signed(enrolled: Platform, terminal: Running, change: dict[str, Any]) -> None:
+    vcm = await enrolled.create()
+    request = LeaseRequested(vcm.id, vcm.card.id, os.urandom(16))
+    await enrolled.kmc.line.say(msgspec.structs.replace(request, **change))
+    await terminal.tells("lease-refused")
+    assert enrolled.kmc.line.sent.empty()
+    await enrolled.lease(vcm)
+
+
+async def test_no_lease_before_the_cmk_was_released(enrolled: Platform, terminal: Running) -> None:
+    vcm = await _permitted(enrolled)
+    await enrolled.kmc.line.say(LeaseRequested(vcm.id, vcm.card.id, os.urandom(16)))
+    await terminal.tells("lease-refused")
+    assert enrolled.kmc.line.sent.empty()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda reply: msgspec.structs.replace(reply, confirmation=os.urandom(32)),
+        lambda reply: msgspec.structs.replace(reply, confirmation=b""),
+        lambda reply: msgspec.structs.replace(reply, card=CardId("card-m2-00000000")),
+        lambda reply: msgspec.structs.replace(reply, vcm=OTHER_VCM),
+    ],
+)
+async def test_a_card_that_does_not_confirm_is_given_up(
+    enrolled: Platform, terminal: Running, change: Callable[[LoginReply], LoginReply]
+) -> None:
+    vcm = await _permitted(enrolled)
+    await enrolled.signal(vcm)
+    await enrolled.released(vcm)
+    vcm.reply = change
+    vcm.serving = True
+    failed = await enrolled.management.line.hears(LoginFailed)
+    assert (failed.vcm, failed.code) == (vcm.id, CardUnconfirmed.code)
+    await enrolled.kmc.line.say(LeaseRequested(vcm.id, vcm.card.id, os.urandom(16)))
+    await terminal.tells("lease-refused")
+    await enrolled.management.line.say(FlowFailed(failed.code, failed.message))
+    with pytest.raises(CardUnconfirmed):
+        await terminal.ends()
+
+
+async def test_a_vcm_that_never_serves_is_given_up(enrolled: Platform, terminal: Running) -> None:
+    vcm = await _permitted(enrolled)
+    await enrolled.signal(vcm)
+    await enrolled.released(vcm)
+    failed = await enrolled.management.line.hears(LoginFailed)
+    assert failed.code == TimedOut.code
+    assert len(vcm.logins) > 3
+    with pytest.raises(TimedOut):  # management says nothing more, so the terminal's own finding is the error
+        await terminal.ends()
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "https://", "ftp://x", "https://127.0.0.1:1/path", "127.0.0.1:1"])
+async def test_a_permit_does_not_lead_off_tls(enrolled: Platform, terminal: Running, endpoint: str) -> None:
+    await enrolled.management.line.hears(Inserted)
+    await enrolled.identify()
+    await enrolled.management.line.say(LoginPermit(OTHER_VCM, endpoint, os.urandom(32)))
+    failed = await enrolled.management.line.hears(LoginFailed)
+    assert (failed.vcm, failed.code) == (OTHER_VCM, Malformed.code)
+
+
+async def test_a_vcm_of_another_domain_is_not_logged_in_to(enrolled: Platform, terminal: Running) -> None:
+    await enrolled.management.line.hears(Inserted)
+    await enrolled.identify()
+    vcm, foreign = await enrolled.vcm(), await enrolled.vcm()
+    vcm.endpoint = foreign.endpoint
+    await enrolled.permit(vcm)
+    failed = await enrolled.management.line.hears(LoginFailed)
+    assert failed.code == "certificate-invalid"
+    assert foreign.logins == []
+
+
+OUT_OF_ORDER = [
+    ServiceOn(OTHER_VCM),
+    LoginPermit(OTHER_VCM, "https://127.0.0.1:1", os.urandom(32)),
+    IdentityWanted(b"short", Purpose.BUILD_VCM),
+    IdentityWanted(os.urandom(32), Purpose.BUILD_VCM, OTHER_VCM),
+    IdentityWanted(os.urandom(32), Purpose.DELETE_VCM),
+]
+
+
+@pytest.mark.parametrize("frame", OUT_OF_ORDER)
+async def test_what_comes_out_of_turn_has_no_effect(enrolled: Platform, terminal: Running, frame: object) -> None:
+    await enrolled.management.line.hears(Inserted)
+    await enrolled.management.line.say(frame)
+    await terminal.tells("out-of-order")
+    assert enrolled.management.line.sent.empty()
+    await enrolled.create(inserted=False)
+    await terminal.on
+
+
+async def test_a_permit_with_half_a_mark(enrolled: Platform, terminal: Running) -> None:
+    await enrolled.management.line.hears(Inserted)
+    await enrolled.identify()
+    await enrolled.management.line.say(LoginPermit(OTHER_VCM, "https://127.0.0.1:1", b"half"))
+    await terminal.tells("out-of-order")
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b'{"type":"Nonsense"}', b'{"type":"LoginPermit"}', b"[]", b"\xff\xfe", b"null"])
+async def test_malformed_frames_close_the_channel_and_it_comes_again(enrolled: Platform, terminal: Running, raw: bytes) -> None:
+    for line in (enrolled.kmc.line, enrolled.management.line):
+        await asyncio.wait_for(line.arrived.wait(), 5)
+    await enrolled.management.line.hears(Inserted)
+    await enrolled.management.line.say_raw(raw)
+    await enrolled.management.line.hears(Inserted)
+    await enrolled.kmc.line.say_raw(raw)
+    await terminal.tells("kmc-connected", times=2)
+    assert (enrolled.management.line.connections, enrolled.kmc.line.connections) == (2, 2)
+    await enrolled.create(inserted=False)
+    await terminal.on
+
+
+async def test_more_signals_than_can_wait(enrolled: Platform, terminal: Running) -> None:
+    await enrolled.management.line.hears(Inserted)
+    card = StandInCard(enrolled.kmc.platform)
+    checkpoint = await enrolled.kmc.checkpoint()
+    for number in range(65):
+        await enrolled.kmc.line.say(DownloadSignal(VcmId(f"vcm-{number:012x}"), os.urandom(32), card.id, card.chain, checkpoint, ()))
+    refused = await enrolled.kmc.line.hears(ReleaseRefused)
+    assert (refused.vcm, refused.code) == (f"vcm-{64:012x}", MarkMismatch.code)
+
+
+async def test_a_failure_before_service_is_the_terminals(enrolled: Platform, terminal: Running) -> None:
+    await enrolled.management.line.hears(Inserted)
+    await enrolled.identify()
+    await enrolled.management.line.say(FlowFailed(NoCapacity.code, "no machine is free", "add one"))
+    with pytest.raises(NoCapacity) as caught:
+        await terminal.ends()
+    assert caught.value.hint == "add one"
+    await enrolled.management.line.hears(Removed)
+
+
+async def test_a_failure_after_service_is_tried_again(enrolled: Platform, terminal: Running) -> None:
+    vcm = await enrolled.create()
+    await enrolled.management.line.say(DeletePermit(vcm.id))
+    await enrolled.management.line.hears(ServiceOffSeen)
+    await enrolled.identify()
+    await enrolled.management.line.say(FlowFailed(NoCapacity.code, "no machine is free"))
+    await enrolled.create()
+    await terminal.tells("service-on", times=2)
+
+
+async def test_a_final_failure_after_service_ends_the_terminal(enrolled: Platform, terminal: Running) -> None:
+    await enrolled.create()
+    await enrolled.management.line.say(FlowFailed(CmkInvalid.code, "the CMK does not open"))
+    with pytest.raises(CmkInvalid):
+        await terminal.ends()
+
+
+async def test_the_terminal_goes_on_when_another_vcm_fails(enrolled: Platform, terminal: Running) -> None:
+    vcm = await enrolled.create()
+    await enrolled.management.line.say(FlowFailed(NoCapacity.code, "no machine is free"))
+    await enrolled.lease(vcm)
+    assert enrolled.management.line.sent.empty()
+
+
+@pytest.mark.parametrize(
+    ("line", "frame"), [("kmc", TerminalRefused("exists", "taken over")), ("management", FlowFailed("already-running", "x"))]
+)
+async def test_a_terminal_that_was_replaced_goes_without_a_goodbye(enrolled: Platform, terminal: Running, line: str, frame: object) -> None:
+    await enrolled.create()
+    await (enrolled.kmc if line == "kmc" else enrolled.management).line.say(frame)
+    with pytest.raises(CipherfleetError):
+        await terminal.ends()
+    assert enrolled.kmc.line.sent.empty()
+    assert enrolled.management.line.sent.empty()
+
+
+async def test_a_revoked_service_is_asked_for_again(enrolled: Platform, terminal: Running) -> None:
+    await enrolled.create()
+    await enrolled.kmc.line.say(TerminalRefused("lease-expired", "service was revoked"))
+    assert enrolled.kmc.line.frames is not None
+    await enrolled.kmc.line.frames.close()
+    await terminal.tells("kmc-connected", times=2)
+
+
+async def test_a_refusal_before_service_is_the_terminals(enrolled: Platform, terminal: Running) -> None:
+    await enrolled.management.line.hears(Inserted)
+    await enrolled.kmc.line.say(TerminalRefused("cmk-invalid", "the CMK does not open"))
+    with pytest.raises(CmkInvalid):
+        await terminal.ends()
+
+
+async def test_a_deletion_signed_by_the_ukey(enrolled: Platform, terminal: Running) -> None:
+    vcm = await enrolled.create()
+    request = await enrolled.identify(Purpose.DELETE_VCM, vcm.id)
+    assert request.purpose is Purpose.DELETE_VCM
+    await enrolled.management.line.say(DeletePermit(vcm.id))
+    assert (await enrolled.management.line.hears(ServiceOffSeen)).vcm == vcm.id
+    assert (await terminal.tells("service-off")).detail == "no crypto-service offered"
+    await enrolled.kmc.line.say(LeaseRequested(vcm.id, vcm.card.id, os.urandom(16)))
+    await terminal.tells("lease-refused")
+    # The terminal stays, idle: it asks for nothing, but the operator may have one built.
+    assert not terminal.task.done()
+    await enrolled.create(inserted=False)
+    await terminal.tells("service-on", times=2)
+
+
+async def test_deleting_what_is_gone_succeeds(enrolled: Platform, terminal: Running) -> None:
+    await enrolled.management.line.hears(Inserted)
+    await enrolled.management.line.say(DeletePermit(OTHER_VCM))
+    assert (await enrolled.management.line.hears(ServiceOffSeen)).vcm == OTHER_VCM
+
+
+async def test_a_second_vcm_beside_the_first(enrolled: Platform, terminal: Running) -> None:
+    first = await enrolled.create()
+    second = await enrolled.create(inserted=False)
+    await enrolled.lease(first)
+    await enrolled.lease(second)
+    await enrolled.management.line.say(DeletePermit(first.id))
+    await enrolled.management.line.hears(ServiceOffSeen)
+    await enrolled.lease(second)
+
+
+async def test_a_vcm_that_falls_silent_is_asked_for_again(enrolled: Platform, terminal: Running) -> None:
+    await enrolled.create()
+    assert await terminal.tells("service-lost")
+    await enrolled.create()
+    await terminal.tells("service-on", times=2)
+
+
+async def test_no_service_is_asked_for_again(enrolled: Platform, terminal: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    vcm = await enrolled.create()
+    enrolled.kmc.grow()
+    await enrolled.management.line.hears(Inserted, within=10)  # nobody asked for a lease
+    await enrolled.kmc.line.say(LeaseRequested(vcm.id, vcm.card.id, os.urandom(16)))
+    await terminal.tells("lease-refused")
+    assert not [f for f in _drain(enrolled.kmc.line.sent) if isinstance(f, (LeaseSigned, CmkReleased, LoggedIn)) and f is None]
+
+
+def _drain(queue: asyncio.Queue[Any]) -> list[Any]:
+    return [queue.get_nowait() for _ in range(queue.qsize())]
+
+
+async def _permitted(platform: Platform, card: StandInCard | None = None) -> Any:
+    """A VCM that the terminal has a permit for."""
+    await platform.management.line.hears(Inserted)
+    await platform.identify()
+    vcm = await platform.vcm(card)
+    await platform.permit(vcm)
+    return vcm
+
+
+async def _refused(platform: Platform, terminal: Running, vcm: VcmId, error: type[CipherfleetError]) -> None:
+    """KMC and management are told, nothing was released; what management then says ends the terminal."""
+    refused = await platform.kmc.line.hears(ReleaseRefused)
+    assert (refused.vcm, refused.code) == (vcm, error.code)
+    failed = await platform.management.line.hears(LoginFailed)
+    assert (failed.vcm, failed.code) == (vcm, error.code)
+    await platform.management.line.say(FlowFailed(failed.code, failed.message))
+    with pytest.raises(error):
+        await terminal.ends()
