@@ -211,9 +211,10 @@ class SocketCard:
                 return self._number
 
     def _completed(self, frame: Frame) -> None:
-        pending = self._pending.pop(frame.number, None)
+        pending = self._pending.get(frame.number)
         if pending is None or frame.operation not in (DONE, FAILED):
             raise Malformed("the crypto card answered what nobody asked")
+        del self._pending[frame.number]
         if pending.future.cancelled():
             if frame.operation == DONE:
                 self._give_back(pending.operation, frame.handle)

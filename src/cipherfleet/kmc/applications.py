@@ -34,7 +34,7 @@ from cipherfleet.kmc.schema import consumers, statements
 from cipherfleet.kmc.service import Service
 
 MAX_APPLICATIONS = 512
-MAX_STATEMENT_BYTES = 4096
+MAX_STATEMENT_BYTES = 1024
 MAX_DAYS = 826  # the longest that settings allow, and a day for clocks
 MAX_SEQUENCE = 2**62
 

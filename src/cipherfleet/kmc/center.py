@@ -4,8 +4,10 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 
+from sqlalchemy import Connection
+
 from cipherfleet.contract.errors import HsmUnavailable
-from cipherfleet.contract.ids import Serial
+from cipherfleet.contract.ids import ConsumerId, Serial, VcmId
 from cipherfleet.contract.settings import Settings
 from cipherfleet.kmc import audit, store
 from cipherfleet.kmc.certification import PLATFORM, ROOT, Certification
@@ -84,6 +86,16 @@ class Center:
         await self.database.write(
             lambda connection: audit.append(connection, consumer, at=at, actor=actor, event=event, subject=subject, outcome=outcome)
         )
+
+    async def progress(self, consumer: ConsumerId, vcm: VcmId, event: str, subject: str, *, actor: str = "", **reached: bool) -> None:
+        """What a VCM has reached, on disk."""
+        at = self.wall_clock()
+
+        def commit(connection: Connection) -> None:
+            store.change_vcm(connection, vcm, **reached)
+            audit.append(connection, consumer, at=at, actor=actor or vcm, event=event, subject=f"{vcm} on {subject}")
+
+        await self.database.write(commit)
 
     async def audit_refusal(self, consumer: str, actor: str, event: str, subject: str, outcome: str) -> None:
         """A refused attempt; of a flood only the first of each minute are written, so that nobody fills the disk."""

@@ -47,9 +47,7 @@ class Enrolment:
             ukey = public_key_der(identity_key)
             if ukey == public_key_der(channel_key):
                 raise Malformed("the Ukey's identity and its channel need a key each")
-            found = await center.database.read(partial(store.find_consumer, name=consumer))
-            if found is not None and found.state == store.ENROLLED:
-                raise Exists(f"consumer {consumer} is enrolled already")
+            await center.database.read(partial(_check_not_enrolled, consumer=consumer))
             domain = await self._domain(consumer)
             until, ukey_id = center.wall_clock() + UKEY_DAYS * DAY_S, f"ukey-{fingerprint(ukey)[:8]}"
             identity = await center.certification.issue(Identity(Role.UKEY, ukey_id, consumer), identity_key, not_after=until)
@@ -59,6 +57,7 @@ class Enrolment:
             at = center.wall_clock()
 
             def commit(connection: Connection) -> tuple[Serial, ...]:
+                _check_not_enrolled(connection, consumer)
                 superseded = _revoke_ukey(connection, consumer)
                 store.put_pending(connection, consumer, ukey, at=at)
                 for issued in (identity, channel):
@@ -96,19 +95,15 @@ class Enrolment:
 
             def commit(connection: Connection) -> tuple[Serial, ...]:
                 found = store.find_consumer(connection, consumer)
-                if found is None:
-                    return ()
-                if found.state == store.ENROLLED:
+                if found is not None and found.state == store.ENROLLED:
                     raise StateConflict(f"consumer {consumer} is enrolled, only a pending enrolment can be taken back")
                 store.remove_pending(connection, consumer)
                 store.remove_authority(connection, name)
-                audit.append(connection, consumer, at=at, actor=OPERATOR.uri, event="enrolment-removed", subject=consumer)
+                if found is not None:
+                    audit.append(connection, consumer, at=at, actor=OPERATOR.uri, event="enrolment-removed", subject=consumer)
                 return _revoke_ukey(connection, consumer)
 
-            found = await self._center.database.read(partial(store.find_consumer, name=consumer))
             await self._center.database.write(commit, self._center.revoked)
-            if found is None:
-                return
             self._center.certification.drop(name)
             with contextlib.suppress(HsmUnavailable):  # a key that stays behind is taken by the next enrolment of that name
                 handle = await self._center.hsm.find(name)
@@ -175,6 +170,12 @@ class Enrolment:
 
         await center.database.write(commit, partial(center.recorded, issued))
         return issued
+
+
+def _check_not_enrolled(connection: Connection, consumer: ConsumerId) -> None:
+    found = store.find_consumer(connection, consumer)
+    if found is not None and found.state == store.ENROLLED:
+        raise Exists(f"consumer {consumer} is enrolled already")
 
 
 def _revoke_ukey(connection: Connection, consumer: ConsumerId) -> tuple[Serial, ...]:

@@ -45,7 +45,7 @@ class Release:
         """step e: the vCC is up. What the terminal has already released is delivered again."""
         check_card(vcm, card)
         vcm.ready = True
-        if vcm.sealed_share:
+        if vcm.sealed_share and not vcm.loaded:
             self._sessions.persist(session, lambda: self._deliver(session, vcm))
         else:
             self.signal(session, vcm)
@@ -64,7 +64,7 @@ class Release:
         vcm = session.vcms.get(frame.vcm)
         if vcm is None:
             return  # deleted while the terminal was looking at the signal
-        if vcm.signalled is not channel or vcm.released or vcm.sealed_share:
+        if vcm.signalled is not channel or vcm.loaded or vcm.sealed_share:
             raise OutOfOrder(f"no download signal for {frame.vcm} is open")
         if len(frame.ciphertext_cmk) != WRAPPED_SECRET_BYTES:
             raise CmkInvalid(f"a ciphertext CMK has {WRAPPED_SECRET_BYTES} bytes")
@@ -86,11 +86,13 @@ class Release:
                 session.refuse_terminal(exc.code, exc.message)
                 await self._center.audit_refusal(session.consumer, session.actor, "cmk-released", vcm.id, exc.code)
             return
+        if not session.lives(vcm):
+            return
+        if not vcm.released:  # on disk before it is out, so that a restarted KMC knows that this VCM has it
+            await self._center.progress(session.consumer, vcm.id, "cmk-released", vcm.card, actor=session.actor, released=True)
+            vcm.released = True
         if session.lives(vcm):
-            again, vcm.delivered = vcm.delivered, True
             vcm.post(CmkDelivered(wrapped, vcm.sealed_share))
-            if not again:
-                await self._center.audit(session.consumer, session.actor, "cmk-released", f"{vcm.id} on {vcm.card}")
 
     # -- leases --------------------------------------------------------------------------------------------------------
 

@@ -58,7 +58,8 @@ vcms = Table(
     Column("address", String, nullable=False),
     Column("card", String, nullable=False),  # empty until the VCM was certified
     Column("joined", Boolean, nullable=False),  # the VCM came with its certificate: its token is used up
-    Column("loaded", Boolean, nullable=False),  # its card has combined both shares
+    Column("released", Boolean, nullable=False),  # the terminal released the CMK to its card
+    Column("loaded", Boolean, nullable=False),  # the card has combined both shares
     Column("serving", Boolean, nullable=False),
 )
 

@@ -23,7 +23,7 @@ from cipherfleet.contract.kmc_api import (
     VcmKmcState,
     VcmToKmc,
 )
-from cipherfleet.kmc import audit, store
+from cipherfleet.kmc import store
 from cipherfleet.kmc.center import Center
 from cipherfleet.kmc.escrow import Escrow
 from cipherfleet.kmc.registry import Issued
@@ -136,28 +136,19 @@ class Service:
                 if not vcm.released:
                     raise OutOfOrder("no CMK was delivered")
                 if not vcm.loaded:
-                    await self._progress(session, vcm, "cmk-loaded", loaded=True)
-                    vcm.loaded = True
+                    await self._center.progress(session.consumer, vcm.id, "cmk-loaded", vcm.card, loaded=True)
+                    vcm.loaded, vcm.sealed_share = True, b""
             case Serving():
                 if not vcm.loaded:
                     raise OutOfOrder("a VCM without a CMK does not serve")
                 if not vcm.serving:
-                    await self._progress(session, vcm, "serving", serving=True)
+                    await self._center.progress(session.consumer, vcm.id, "serving", vcm.card, serving=True)
                     vcm.serving = True
             case CmkRefused(code, _):
-                vcm.sealed_share, vcm.delivered = b"", False
+                vcm.sealed_share = b""
                 await self._center.audit_refusal(session.consumer, vcm.id, "cmk-loaded", vcm.card, code)
             case LeaseWanted(card, nonce):
                 await self._release.lease_wanted(session, vcm, card, nonce)
-
-    async def _progress(self, session: ConsumerSession, vcm: VcmSession, event: str, **values: bool) -> None:
-        at = self._center.wall_clock()
-
-        def commit(connection: Connection) -> None:
-            store.change_vcm(connection, vcm.id, **values)
-            audit.append(connection, session.consumer, at=at, actor=vcm.id, event=event, subject=vcm.card)
-
-        await self._center.database.write(commit)
 
     # -- asked by others -----------------------------------------------------------------------------------------------
 
@@ -182,7 +173,7 @@ class Service:
         released = vcm is not None and vcm.released
         if session is not None and vcm is None:  # the KMC was restarted and the VCM's channel is not back yet
             found = await self._center.database.read(partial(store.find_vcm, id_=id_))
-            released = found is not None and found.consumer == consumer and found.loaded and not session.closed
+            released = found is not None and found.consumer == consumer and found.released and not session.closed
         if not released:
             raise ServiceOff(f"the CMK was not released to {id_}")
 

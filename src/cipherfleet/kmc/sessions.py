@@ -35,18 +35,14 @@ class VcmSession:
         self.channel: VcmChannel | None = channel
         self.certified_until = certified_until  # loop time: no lease after that
         self.ready = False  # its vCC waits for the CMK
+        self.released = vcm.released
         self.loaded = vcm.loaded
         self.serving = vcm.serving
         self.signalled: TerminalChannel | None = None  # the terminal that got this VCM's download signal
         self.sealed_share = b""  # what only the card can open
-        self.delivered = False
         self.granted = False
         self.nonces = Nonces()
         self._wanted_since, self._wanted = 0.0, 0
-
-    @property
-    def released(self) -> bool:
-        return self.delivered or self.loaded
 
     def post(self, frame: KmcToVcm) -> None:
         if self.channel is not None:

@@ -46,6 +46,7 @@ class Vcm(msgspec.Struct, frozen=True):
     address: str
     card: CardId
     joined: bool
+    released: bool
     loaded: bool
     serving: bool
     token: Token
@@ -200,7 +201,7 @@ def find_vcm(connection: Connection, id_: VcmId) -> Vcm | None:
     token = None if row is None else find_token(connection, row.token)
     if row is None or token is None:
         return None
-    return Vcm(row.id, row.consumer, row.machine, row.address, row.card, row.joined, row.loaded, row.serving, token)
+    return Vcm(row.id, row.consumer, row.machine, row.address, row.card, row.joined, row.released, row.loaded, row.serving, token)
 
 
 def vcm_of_token(connection: Connection, id_: TokenId) -> VcmId | None:
@@ -218,7 +219,16 @@ def consumers_with_vcms(connection: Connection) -> tuple[ConsumerId, ...]:
 def add_vcm(connection: Connection, id_: VcmId, consumer: ConsumerId, machine: MachineId, token: TokenId, address: str) -> None:
     connection.execute(
         insert(vcms).values(
-            id=id_, consumer=consumer, machine=machine, token=token, address=address, card="", joined=False, loaded=False, serving=False
+            id=id_,
+            consumer=consumer,
+            machine=machine,
+            token=token,
+            address=address,
+            card="",
+            joined=False,
+            released=False,
+            loaded=False,
+            serving=False,
         )
     )
 

@@ -3,9 +3,17 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from typing import Any
 
-from cipherfleet.contract.errors import CipherfleetError, Conflict, KmcUnavailable, MachineUnavailable, ManagementUnavailable, UkeyAbsent
+from cipherfleet.contract.errors import (
+    CipherfleetError,
+    KmcUnavailable,
+    MachineUnavailable,
+    ManagementUnavailable,
+    StateConflict,
+    UkeyAbsent,
+)
 from cipherfleet.contract.ids import ConsumerId, MachineId, VcmId
 from cipherfleet.contract.lifecycle import CREATION, Process, TraceEntry
 from cipherfleet.contract.machine_api import VcmState
@@ -34,6 +42,20 @@ class Lifecycle:
         self._modules = modules
         self._locks: dict[ConsumerId, asyncio.Lock] = {}
         self._running: dict[ConsumerId, _Running] = {}
+        self._asked: set[asyncio.Task[VcmRecord]] = set()
+
+    async def close(self) -> None:
+        """The platform ends: what the operator asked for ends where it is, the next start finds it."""
+        for task in self._asked:
+            task.cancel()
+        await asyncio.gather(*self._asked, return_exceptions=True)
+
+    async def _own(self, work: Coroutine[Any, Any, VcmRecord]) -> VcmRecord:
+        """Run to the end whether or not whoever asked still listens."""
+        task = asyncio.create_task(work)
+        self._asked.add(task)
+        task.add_done_callback(self._asked.discard)
+        return await asyncio.shield(task)
 
     def busy(self, consumer: ConsumerId) -> bool:
         """Whether a run of this consumer is under way."""
@@ -45,30 +67,42 @@ class Lifecycle:
     async def create(self, consumer: ConsumerId, wished: MachineId | None = None) -> VcmRecord:
         """One VCM more. Raises ``UkeyAbsent``, ``NoCapacity`` or whatever a step failed with; nothing half-made stays."""
         await self._modules.store.domain(consumer)
-        async with self._exclusive(consumer) as running:
-            return await self._create(consumer, running, wished=wished)
+
+        async def work() -> VcmRecord:
+            async with self._exclusive(consumer) as running:
+                return await self._create(consumer, running, wished=wished)
+
+        return await self._own(work())
 
     async def delete(self, vcm: VcmId, *, force: bool) -> VcmRecord:
         """Delete a VCM: with the Ukey's signature, or by the operator's ``force``. What is gone is gone. Raises ``VcmUnknown``."""
         record = await self._modules.store.vcm(vcm)
         if force:
             log.warning("audit: the operator forces the deletion of %s of %s", vcm, record.consumer)
-            self._interrupt(record.consumer, Conflict(f"the operator deletes {vcm} by force"), vcm)
-        async with self._exclusive(record.consumer) as running:
-            running.vcm = vcm
-            return await self._delete(vcm, Cause.OPERATOR if force else Cause.CONSUMER, running)
+            self._interrupt(record.consumer, StateConflict(f"the operator deletes {vcm} by force"), vcm)
+
+        async def work() -> VcmRecord:
+            async with self._exclusive(record.consumer) as running:
+                running.vcm = vcm
+                return await self._delete(vcm, Cause.OPERATOR if force else Cause.CONSUMER, running)
+
+        return await self._own(work())
 
     async def migrate(self, vcm: VcmId, wished: MachineId | None = None) -> VcmRecord:
-        """Make before break: the new VCM, after the old one is deleted. Raises ``Conflict`` unless the old one serves."""
+        """Make before break: the new VCM, after the old one is deleted. Raises ``StateConflict`` unless the old one serves."""
         consumer = (await self._modules.store.vcm(vcm)).consumer
-        async with self._exclusive(consumer) as running:
-            old = await self._modules.store.vcm(vcm)
-            if old.state is not VcmState.SERVING:
-                raise Conflict(f"{vcm} is {old.state}, only a serving VCM can migrate")
-            new = await self._create(consumer, running, wished=wished, avoid=old.machine)
-            running.vcm = vcm
-            await self._delete(vcm, Cause.CONSUMER, running)
-            return new
+
+        async def work() -> VcmRecord:
+            async with self._exclusive(consumer) as running:
+                old = await self._modules.store.vcm(vcm)
+                if old.state is not VcmState.SERVING:
+                    raise StateConflict(f"{vcm} is {old.state}, only a serving VCM can migrate")
+                new = await self._create(consumer, running, wished=wished, avoid=old.machine)
+                running.vcm = vcm
+                await self._delete(vcm, Cause.CONSUMER, running)
+                return new
+
+        return await self._own(work())
 
     # -- what the ring decides -----------------------------------------------------------------------------------------
 

@@ -92,6 +92,7 @@ async def main(configuration: ManagementConfig, ready: Callable[[object], None],
         await stop.wait()
     finally:
         await ring.stop()
+        await lifecycle.close()
         await authentication.close()
         await server.stop()
         await authority.close()

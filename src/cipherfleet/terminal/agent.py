@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from enum import StrEnum
+from typing import Any
 
 from cipherfleet.contract.kmc_api import KmcToTerminal, UkeyRemoved
 from cipherfleet.contract.management_api import Inserted, ManagementToTerminal, Removed
@@ -66,24 +67,28 @@ class Agent:
                 receive=self._requests.receive,
                 lost=lambda why: state.tell("management-lost", detail=why),
             )
+            removed: asyncio.Future[Any]
+            stopped: asyncio.Future[Any]
             removed, stopped = asyncio.ensure_future(state.ukey.removed()), asyncio.ensure_future(stop.wait())
-            work = [asyncio.ensure_future(w) for w in (state.kmc.keep(), self._keep_management(), self._patrol())]
+            work: list[asyncio.Future[Any]] = [
+                asyncio.ensure_future(w) for w in (state.kmc.keep(), self._keep_management(), self._patrol())
+            ]
             try:
-                await asyncio.wait([removed, stopped, *work], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([removed, stopped, state.failure, *work], return_when=asyncio.FIRST_COMPLETED)
                 if stop.is_set():
                     return Ended.STOPPED
                 if removed.done() or not state.ukey.present:  # what failed because the Ukey went is no error of its own
                     return Ended.REMOVED
-                for task in work:
-                    if task.done():
-                        task.result()
+                for ended in (state.failure, *work):
+                    if ended.done():
+                        ended.result()
                 raise RuntimeError("a channel ended by itself")
             finally:
                 await self._say_goodbye()
                 logins = [s.login for s in state.services.values() if s.login is not None]
-                for ending in (removed, stopped, *work, *logins):
+                for ending in (removed, stopped, state.failure, *work, *logins):
                     ending.cancel()
-                await asyncio.gather(removed, stopped, *work, *logins, return_exceptions=True)
+                await asyncio.gather(removed, stopped, state.failure, *work, *logins, return_exceptions=True)
 
     async def _say_goodbye(self) -> None:
         """The Ukey is out: KMC and management revoke everything at once, each on its own."""
@@ -122,7 +127,7 @@ class Agent:
             await asyncio.sleep(min(PATROL_S, settings.heartbeat_s))
             now = time.monotonic()
             if not state.served and state.cause is not None and now - state.cause[1] > settings.step_s:
-                raise state.cause[0]
+                await state.end(state.cause[0])
             await self._release.expire()
             while state.asked and now - state.asked[0][1] > 4 * settings.step_s:
                 state.asked.popleft()

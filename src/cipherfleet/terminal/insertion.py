@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import NoReturn
 
 import msgspec
 
@@ -101,11 +102,19 @@ class Insertion:
         self.polite = True  # say goodbye: not when another terminal took over
         self.cause: tuple[CipherfleetError, float] | None = None  # why this side gave a VCM up
         self.ask_at: float | None = None
+        self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._retry_s = _FIRST_RETRY_S
         self._progress = progress
 
     def tell(self, step: str, vcm: str = "", detail: str = "") -> None:
         self._progress(Event(step, time.time(), vcm, detail))
+
+    async def end(self, error: CipherfleetError) -> NoReturn:
+        """The service is over, because of ``error``. Never returns: whoever came here does nothing more for the platform."""
+        if not self.failure.done():
+            self.failure.set_exception(error)
+        await asyncio.get_running_loop().create_future()
+        raise RuntimeError("nobody wakes this up")
 
     def drop(self, service: Service) -> None:
         """Nothing is signed for this VCM from now on."""

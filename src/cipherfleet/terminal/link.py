@@ -21,8 +21,7 @@ _TRANSIENT = (ServiceUnavailable, BadInput, PeerError, CertificateInvalid, Conne
 class Link:
     """Connects, says hello, hands over frames one by one; when the connection is lost, all over again.
 
-    ``path`` is asked at every connection. What ``hello`` and ``receive`` raise ends the link, unless it is the
-    connection's or the peer's fault.
+    ``path`` is asked at every connection. A frame that cannot be decoded costs the peer its connection.
     """
 
     def __init__(

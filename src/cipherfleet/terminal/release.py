@@ -40,7 +40,7 @@ class KeyRelease:
         self._insertion = insertion
 
     async def receive(self, frame: KmcToTerminal) -> None:
-        """Raises ``CheckpointForged`` or ``EscrowRolledBack``: with such an escrow there is no service at all."""
+        """A checkpoint that is forged or rolled back ends the service: with such an escrow there is none at all."""
         try:
             if isinstance(frame, DownloadSignal):
                 await self._on_signal(frame)
@@ -50,6 +50,8 @@ class KeyRelease:
                 self._on_refused(CipherfleetError.from_body(ErrorBody(frame.code, frame.message)))
         except UkeyAbsent:
             self._insertion.tell("ukey-absent")  # whoever watches the Ukey ends us
+        except CipherfleetError as exc:
+            await self._insertion.end(exc)
 
     async def _on_signal(self, frame: DownloadSignal) -> None:
         state = self._insertion

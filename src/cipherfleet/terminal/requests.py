@@ -33,7 +33,7 @@ class Requests:
         self._insertion, self._release = insertion, release
 
     async def receive(self, frame: ManagementToTerminal) -> None:
-        """Raises what ends the service for good."""
+        """What comes out of turn has no effect; what ends the service for good does."""
         try:
             if isinstance(frame, IdentityWanted):
                 await self._on_identity(frame)
@@ -49,6 +49,8 @@ class Requests:
             self._insertion.tell("ukey-absent")  # whoever watches the Ukey ends us
         except OutOfOrder as exc:
             self._insertion.tell("out-of-order", detail=exc.message)
+        except CipherfleetError as exc:
+            await self._insertion.end(exc)
 
     async def _on_identity(self, frame: IdentityWanted) -> None:
         """Creation and deletion step 1: the Ukey proves who it is, for exactly one purpose and one challenge."""

@@ -205,7 +205,9 @@ def _killed(world: World, who: str) -> list[Any]:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("fault", ["hang", "die"])
 @pytest.mark.parametrize("place", DELETE_PEERS)
-async def test_a_deletion_whose_peers_are_away_is_ended_when_they_are_back(quick: World, place: tuple[str, str], fault: str, when: str) -> None:
+async def test_a_deletion_whose_peers_are_away_is_ended_when_they_are_back(
+    quick: World, place: tuple[str, str], fault: str, when: str
+) -> None:
     _, vcm = await quick.serving()
     who, route = place
     for peer in _killed(quick, who):

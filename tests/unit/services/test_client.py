@@ -54,15 +54,19 @@ def closed_port() -> str:
 class Impostor:
     """A server that notes whether a request ever reached it."""
 
-    def __init__(self, credentials: Credentials) -> None:
+    def __init__(self, credentials: Credentials, answer: bytes = b"") -> None:
         self.server = Server(credentials)
         self.called = False
         self.url = ""
+        self._answer = answer
         self.server.route("GET", "/v1/keys", set(Role), self.note)
-        self.server.route("GET", "/v1/endpoints", set(Role), self.note)
 
     async def note(self, call: Call) -> EndpointsReply:
         self.called = True
+        if self._answer:
+            assert call.request.transport is not None
+            call.request.transport.write(self._answer)
+            call.request.protocol.force_close()
         return EndpointsReply(())
 
     async def __aenter__(self) -> "Impostor":
@@ -194,9 +198,9 @@ def test_endpoints_have_one_form() -> None:
 
 def test_what_a_vcm_tells_comes_first_and_nonsense_is_left_out() -> None:
     endpoints = Endpoints(["h:1", "h:2", "https://h:1"])
-    assert endpoints.all == ("https://h:1", "https://h:2")
+    assert list(endpoints.all) == ["https://h:1", "https://h:2"]
     endpoints.learn(["h:3", "http://evil", "h:2"])
-    assert endpoints.all == ("https://h:3", "https://h:2", "https://h:1")
+    assert list(endpoints.all) == ["https://h:3", "https://h:2", "https://h:1"]
 
 
 async def test_the_vcm_that_serves_is_found_and_remembered(stage: Stage) -> None:
@@ -217,16 +221,18 @@ async def test_without_any_vcm_the_service_is_off(stage: Stage, count: int) -> N
         assert "Ukey" in caught.value.hint
 
 
-async def test_an_address_that_swallows_connections_does_not_hold_up_the_others(stage: Stage) -> None:
+async def test_a_listener_that_never_answers_does_not_hold_up_the_others(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HANDSHAKE_S", 0.3)
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
-        deaf.listen(0)
-        async with Client(stage.profile(endpoints=(f"https://127.0.0.1:{deaf.getsockname()[1]}",))) as client:
-            connections_before = client._connection
-            assert connections_before.endpoints.good is None
-        async with Client(stage.profile(endpoints=(stage.url, f"https://127.0.0.1:{deaf.getsockname()[1]}"))) as client:
-            async with asyncio.timeout(5):
-                assert await client.list_keys() == ()
+        deaf.listen(8)
+        silent = f"https://127.0.0.1:{deaf.getsockname()[1]}"
+        async with Client(stage.profile(endpoints=(silent, stage.url))) as client:
+            assert await client.list_keys() == ()
+            assert client._connection.endpoints.good == stage.url
+        async with Client(stage.profile(endpoints=(silent,))) as client:
+            with pytest.raises(ServiceOff):
+                await client.list_keys()
 
 
 async def test_endpoints_are_learned_again_now_and_then(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,29 +365,25 @@ async def test_a_slow_source_that_goes_on_is_no_timeout(stage: Stage) -> None:
         assert len(await client.digest("SHA-256", slow())) == 32
 
 
-async def test_a_server_that_breaks_off_or_talks_nonsense(stage: Stage) -> None:
-    async def serve(answer: bytes) -> type[CipherfleetError]:
-        async with Impostor(stage.server_credentials) as impostor:
-
-            async def reply(call: Call) -> Any:
-                transport = call.request.transport
-                assert transport is not None
-                transport.write(answer)  # type: ignore[attr-defined]
-                transport.close()
-                await asyncio.sleep(0)
-                return EndpointsReply(())
-
-            impostor.server.route("GET", "/v1/health", set(Role), reply)
-            async with Client(stage.profile(endpoints=(impostor.url,))) as client:
-                with pytest.raises(CipherfleetError) as caught:
-                    await client.health()
-        return type(caught.value)
-
-    assert await serve(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf") is PeerError
-    assert await serve(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{]") is Malformed
-    assert await serve(b"HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\noops") is PeerError
-    assert await serve(b"HTTP/1.1 302 Found\r\nLocation: https://evil/\r\nContent-Length: 0\r\n\r\n") in (Malformed, PeerError)
-    assert await serve(b"nonsense\r\n\r\n") in (PeerError, ServiceOff)
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf", (PeerError, ServiceOff)),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n", (PeerError, ServiceOff)),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{]", (Malformed,)),
+        (b"HTTP/1.1 500 Oops\r\nContent-Length: 4\r\n\r\noops", (PeerError,)),
+        (b"HTTP/1.1 302 Found\r\nLocation: https://evil/\r\nContent-Length: 0\r\n\r\n", (Malformed, PeerError)),
+        (b"nonsense\r\n\r\n", (PeerError, ServiceOff)),
+    ],
+    ids=["length", "chunked", "no JSON", "no error", "redirect", "no HTTP"],
+)
+async def test_a_server_that_breaks_off_or_talks_nonsense(
+    stage: Stage, answer: bytes, expected: tuple[type[CipherfleetError], ...]
+) -> None:
+    async with Impostor(stage.server_credentials, answer) as server, Client(stage.profile(endpoints=(server.url,))) as client:
+        with pytest.raises(expected):
+            await client.list_keys()
+        assert server.called
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
@@ -417,7 +419,12 @@ async def test_bytes_come_from_anywhere(client: Client, tmp_path: Path) -> None:
         with path.open("rb", buffering=buffering) as file:
             assert await client.digest("SHA-256", file) == expected
     with os.fdopen(read_end, "rb") as pipe, os.fdopen(write_end, "wb") as sink:
-        writing = asyncio.get_running_loop().run_in_executor(None, lambda: (sink.write(data), sink.close()))
+
+        def write() -> None:
+            sink.write(data)
+            sink.close()
+
+        writing = asyncio.create_task(asyncio.to_thread(write))
         assert await client.digest("SHA-256", pipe) == expected
         await writing
 
@@ -483,19 +490,20 @@ async def test_an_iteration_that_is_left_ends_the_stream(client: Client, stage: 
     assert not stage.host.card.open_streams
 
 
-async def test_a_file_that_shrinks_or_grows_while_it_is_read(client: Client, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [MIB, 8 * MIB], ids=["shrinks", "grows"])
+async def test_a_file_that_changes_while_it_is_read(client: Client, tmp_path: Path, change: int) -> None:
+    key = await client.create_key()
     path = tmp_path / "file"
-    for change in (MIB, 8 * MIB):
-        path.write_bytes(bytes(4 * MIB))
-        with path.open("rb") as file:
-
-            def progress(done: int, total: int | None, change: int = change) -> None:
-                os.truncate(path, change)
-
-            key = await client.create_key()
+    path.write_bytes(bytes(4 * MIB))
+    with path.open("rb") as file:
+        pieces = client.encrypt_stream(key.id, file, progress=lambda done, total: os.truncate(path, change))
+        if change < 4 * MIB:
             with pytest.raises(FileProblem):
-                async for _ in client.encrypt_stream(key.id, file, progress=progress):
+                async for _ in pieces:
                     pass
+        else:
+            ciphertext = b"".join([piece async for piece in pieces])
+            assert await client.decrypt(ciphertext) == bytes(4 * MIB)
 
 
 async def test_progress_is_told(client: Client) -> None:

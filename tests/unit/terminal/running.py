@@ -14,11 +14,10 @@ from tests.unit.terminal.platform import PATIENCE_S, PIN, SETTINGS, Platform
 class Running:
     """``async with Running(platform) as terminal``: runs until the block ends or the terminal does."""
 
-    def __init__(self, platform: Platform, *, settings: Settings = SETTINGS, pin: str = PIN, run_folder: Path | None = None) -> None:
-        configuration = TerminalConfig(str(platform.ukey), pin, str(run_folder or ""), settings)
-        self._run(configuration)
-
-    def _run(self, configuration: TerminalConfig) -> None:
+    def __init__(
+        self, platform: Platform, *, settings: Settings = SETTINGS, pin: str = PIN, run_folder: Path | None = None, keep_pin: bool = True
+    ) -> None:
+        configuration = TerminalConfig(str(platform.ukey), pin, str(run_folder or ""), settings, keep_pin)
         self.events: list[Event] = []
         self.on: asyncio.Future[ServiceInfo] = asyncio.get_running_loop().create_future()
         self.stop = asyncio.Event()

@@ -207,7 +207,6 @@ class Connection:
         failed: dict[str, CipherfleetError] = {}
         stale: set[str] = set()
         while (endpoint := await self.endpoints.choose(failed)) is not None:
-            may_repeat = safe and (upload is None or upload.replayable)
             try:
                 response = await self._send(endpoint, method, path, upload, headers, watch)
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:  # nothing was sent
@@ -221,7 +220,7 @@ class Connection:
             except (aiohttp.ClientError, OSError) as exc:
                 raise_source_failure(upload)
                 failure = self._failure(endpoint, exc)
-                if not may_repeat or not isinstance(failure, ServiceUnavailable):
+                if not self._may_repeat(failure, upload, safe):
                     raise failure from exc
                 if endpoint in stale:  # the second time it is not a kept connection that had gone
                     failed[endpoint] = failure
@@ -233,13 +232,19 @@ class Connection:
                     self._refresh()
                     return response
                 failure = await self._refusal(response, watch)
-                if not may_repeat or not isinstance(failure, ServiceUnavailable) or isinstance(failure, TimedOut):
+                if not self._may_repeat(failure, upload, safe):
                     raise failure
                 failed[endpoint] = failure
                 self.endpoints.forget(endpoint)
             if upload is not None:
-                upload.rewind()
+                await upload.rewind()
         raise self._verdict(list(failed.values()))
+
+    @staticmethod
+    def _may_repeat(failure: CipherfleetError, upload: Upload | None, safe: bool) -> bool:
+        """Whether another try, perhaps elsewhere, could help and does no harm."""
+        passing = isinstance(failure, ServiceUnavailable) and not isinstance(failure, TimedOut)
+        return safe and passing and (upload is None or upload.replayable)
 
     async def _send(
         self, endpoint: str, method: str, path: str, upload: Upload | None, headers: dict[str, str], watch: "Watch"

@@ -21,13 +21,16 @@ GATHER_S = 0.02
 class Upload:
     """The body of one request: an asynchronous iterator over pieces of at most ``PIECE_BYTES``.
 
-    ``size``: bytes, when known. ``failure``: what the source itself raised, for the caller to see as it was.
+    ``size``: bytes, when known; what is appended to a file later is not sent. ``failure``: what the source itself raised, for
+    the caller to see as it was.
     """
 
     def __init__(self, data: Source, progress: Progress | None = None) -> None:
         self._data = data
         self._progress = progress
         self._position: int | None = None
+        self._reading: asyncio.Future[Bytes] | None = None
+        self._touched = False
         self.touch: Callable[[], None] = lambda: None
         self.failure: Exception | None = None
         self.sent = 0
@@ -42,27 +45,26 @@ class Upload:
     @property
     def replayable(self) -> bool:
         """Whether ``rewind`` works: from memory, from a file that can seek, or nothing was taken yet."""
-        return self.sent == 0 or self._position is not None or isinstance(self._data, (bytes, bytearray, memoryview))
+        return not self._touched or self._position is not None or isinstance(self._data, (bytes, bytearray, memoryview))
 
-    def rewind(self) -> None:
-        if self.sent and isinstance(self._data, io.IOBase) and self._position is not None:
+    async def rewind(self) -> None:
+        """Start again."""
+        if not self._touched:
+            return
+        if isinstance(self._data, io.IOBase) and self._position is not None:
+            if self._reading is not None:
+                await asyncio.wait((self._reading,))
             self._data.seek(self._position)
-        if self.sent or self.failure is not None:
-            self._pieces = self._start()
-        self.sent, self.failure = 0, None
+        self._pieces = self._start()
+        self._touched, self.sent, self.failure = False, 0, None
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Bytes:
+        self._touched = True
         try:
-            piece = await anext(self._pieces, None)
-            if piece is None:
-                if self.size is not None and self.sent != self.size:
-                    raise FileProblem(f"the source became shorter while it was read: {self.sent} bytes of {self.size}")
-                raise StopAsyncIteration
-            if self.size is not None and self.sent + len(piece) > self.size:
-                raise FileProblem(f"the source became longer while it was read, it had {self.size} bytes")
+            piece = await self._next()
         except StopAsyncIteration:
             raise
         except Exception as exc:
@@ -74,6 +76,17 @@ class Upload:
             self._progress(self.sent, self.size)
         return piece
 
+    async def _next(self) -> Bytes:
+        missing = None if self.size is None else self.size - self.sent
+        if missing == 0:
+            raise StopAsyncIteration
+        piece = await anext(self._pieces, None)
+        if piece is None:
+            if missing:
+                raise FileProblem(f"the source became shorter while it was read: {self.sent} bytes of {self.size}")
+            raise StopAsyncIteration
+        return piece[:missing]
+
     def _start(self) -> AsyncIterator[Bytes]:
         data = self._data
         if isinstance(data, (bytes, bytearray, memoryview)):
@@ -81,8 +94,18 @@ class Upload:
         if isinstance(data, AsyncIterable):
             return _asynchronous(data)
         if hasattr(data, "read"):
-            return _file(data.read1 if hasattr(data, "read1") else data.read)
+            return self._file(data.read1 if hasattr(data, "read1") else data.read)
         return _synchronous(iter(data))
+
+    async def _file(self, read: Callable[[int], Bytes]) -> AsyncIterator[Bytes]:
+        """Read in a thread: a pipe may block, a disk may be slow. ``read1`` gives what a pipe has instead of waiting for more."""
+        while True:
+            self._reading = asyncio.get_running_loop().run_in_executor(None, read, READ_BYTES)
+            piece = await asyncio.shield(self._reading)
+            if not piece:
+                return
+            for part in _cut(piece):
+                yield part
 
 
 def _extent(data: object) -> tuple[int | None, int | None]:
@@ -107,13 +130,6 @@ async def _asynchronous(data: AsyncIterable[Bytes]) -> AsyncIterator[Bytes]:
     async for item in data:
         for piece in _cut(item):
             yield piece
-
-
-async def _file(read: Callable[[int], Bytes]) -> AsyncIterator[Bytes]:
-    """Read in a thread: a pipe may block, a disk may be slow. ``read1`` gives what a pipe has instead of waiting for more."""
-    while piece := await asyncio.to_thread(read, READ_BYTES):
-        for part in _cut(piece):
-            yield part
 
 
 async def _synchronous(items: Iterator[Bytes]) -> AsyncIterator[Bytes]:

@@ -45,7 +45,7 @@ class WholeFile:
         self.written = 0
 
     async def __aenter__(self) -> Self:
-        await asyncio.to_thread(self._open)
+        self._open()  # not in a thread: a cancellation would leave the file behind
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:

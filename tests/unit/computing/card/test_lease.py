@@ -326,6 +326,18 @@ class LeaseMachine(RuleBasedStateMachine):
         self.sign(0, duration)
         self.deliver(0)
 
+    @rule(short=st.sampled_from([500, 1000]))
+    def reorder(self, short: int) -> None:
+        """Two nonces; the lease of the newer arrives first, and the older's would last longer."""
+        self.load_cmk()
+        self.ask()
+        self.wait(0.25)
+        self.ask()
+        self.sign(0, short)
+        self.sign(1, 6000)
+        self.deliver(1)
+        self.deliver(0)
+
     @rule()
     def forge(self) -> None:
         if self.nonces:

@@ -120,6 +120,7 @@ def upgrade() -> None:
         sa.Column("address", sa.String(), nullable=False),
         sa.Column("card", sa.String(), nullable=False),
         sa.Column("joined", sa.Boolean(), nullable=False),
+        sa.Column("released", sa.Boolean(), nullable=False),
         sa.Column("loaded", sa.Boolean(), nullable=False),
         sa.Column("serving", sa.Boolean(), nullable=False),
         sa.ForeignKeyConstraint(

@@ -1,0 +1,165 @@
+"""A VCM's process: confined first; then a key, its certificate (step e), its server, and the link to the KMC."""
+
+import asyncio
+import logging
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from cipherfleet.channel.certificates import Credentials, key_to_pem, make_request, new_key
+from cipherfleet.channel.client import Caller
+from cipherfleet.channel.server import Server
+from cipherfleet.computing.confinement import confine
+from cipherfleet.computing.listening import parse_address
+from cipherfleet.computing.vcc_socket import SocketCard
+from cipherfleet.computing.vcm import Ending, Vcm
+from cipherfleet.computing.vcm_boot import BootChannel, News
+from cipherfleet.computing.vcm_config import VcmConfig
+from cipherfleet.computing.vcm_link import Link
+from cipherfleet.contract.errors import CipherfleetError, KmcUnavailable
+from cipherfleet.contract.identities import Identity, Role
+from cipherfleet.contract.machine_api import Isolation, VcmState
+from cipherfleet.contract.messages import CertificateRequest, Chain
+from cipherfleet.contract.vcm import VcmHost
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 1.0
+LOOK_S = 5.0
+KMC_TIMEOUT_S = 10.0
+
+Mount = Callable[[Server, VcmHost], None]
+
+
+async def main(configuration: VcmConfig, ready: Callable[[object], None], stop: asyncio.Event, *, mount: Mount) -> None:
+    """Confined, then ``run``."""
+    await run(configuration, confine(configuration.confinement), ready, stop, mount=mount)
+
+
+async def run(
+    configuration: VcmConfig, isolation: Isolation, ready: Callable[[object], None], stop: asyncio.Event, *, mount: Mount
+) -> Ending:
+    """A VCM's life, and why it ended. Raises the KMC's refusal to certify it."""
+    boot = await BootChannel.open(socket.socket(fileno=configuration.boot))
+    card = SocketCard(socket.socket(fileno=configuration.vcc))
+    listening = socket.socket(fileno=configuration.listening)
+    certificate = OwnCertificate(configuration)
+    try:
+        key, csr = certificate.request()
+        certificate.take(key, await boot.certificate(csr))  # step e
+        await card.start()
+        async with certificate.caller() as kmc:
+            vcm = Vcm(
+                configuration.id,
+                configuration.consumer,
+                configuration.card,
+                configuration.address,
+                card,
+                kmc,
+                configuration.kmc_signing_key,
+            )
+            server = certificate.server(vcm)
+            mount(server, vcm)
+            vcm.opened(server, listening)
+            await server.start(listening)
+            ready(isolation)
+
+            async def serving() -> None:
+                await boot.send(News(VcmState.SERVING))
+
+            ending = await _live(vcm, Link(vcm, server, kmc, configuration.settings.heartbeat_s, serving), certificate, boot, stop)
+            await boot.send(News(VcmState.FAILED if ending.code else VcmState.DELETED, f"{ending.code}: {ending.message}"))
+            return ending
+    finally:
+        listening.close()
+        await card.close()
+        boot.close()
+
+
+async def _live(vcm: Vcm, link: Link, certificate: "OwnCertificate", boot: BootChannel, stop: asyncio.Event) -> Ending:
+    """Until the first thing that ends a VCM."""
+
+    async def stopped() -> None:
+        await stop.wait()
+        vcm.end("", "it was told to")
+
+    async def orphaned() -> None:
+        await boot.until_closed()
+        vcm.end("machine-unavailable", "its machine is gone")
+
+    tasks = [asyncio.create_task(work) for work in (link.run(), certificate.keep_fresh(), stopped(), orphaned())]
+    try:
+        await asyncio.wait((vcm.ended, *tasks[:2]), return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks[:2]:
+            if task.done() and not task.cancelled() and task.exception() is not None:
+                log.error("a VCM's task failed: %s", task.exception())
+        vcm.end("internal", "something went wrong in the VCM")
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return vcm.ended.result()
+
+
+class OwnCertificate:
+    """A VCM's certificate: who its server and its client towards the KMC are, renewed when half of its life is over."""
+
+    def __init__(self, configuration: VcmConfig) -> None:
+        self._configuration = configuration
+        self._identity = Identity(Role.VCM, configuration.id, configuration.consumer)
+        self._as_server: Credentials | None = None
+        self._as_client: Credentials | None = None
+        self._renew_at = 0.0
+        self._server: Server | None = None
+        self._caller: Caller | None = None
+
+    def request(self) -> tuple[bytes, bytes]:
+        """A new key (PEM), and the request for it (PKCS#10, DER)."""
+        key = new_key()
+        return key_to_pem(key), make_request(key, self._identity)
+
+    def take(self, key: bytes, chain: Chain) -> None:
+        """The server trusts the consumer's own CA alone, the client towards the KMC the root."""
+        self._as_server = Credentials(key, chain.chain, chain.trust)
+        self._as_client = Credentials(key, chain.chain, self._configuration.root)
+        now = time.time()
+        self._renew_at = now + (self._as_server.not_after - now) / 2
+        if self._server is not None and self._caller is not None:
+            self._server.renew(self._as_server)
+            self._caller.renew(self._as_client)
+
+    def server(self, vcm: Vcm) -> Server:
+        assert self._as_server is not None  # noqa: S101 - take() came first
+        self._server = Server(self._as_server, minimum=ssl.TLSVersion.TLSv1_2, check_peer=vcm.check_peer)
+        return self._server
+
+    def caller(self) -> Caller:
+        assert self._as_client is not None  # noqa: S101 - take() came first
+        # The relay knows the way: the address in the URL is a name, nothing is resolved.
+        url = f"https://{urlsplit(self._configuration.kmc_url).netloc}"
+        name = Identity(Role.KMC, "kmc").dns_name
+        relay = self._configuration.relay
+        self._caller = Caller(url, name, self._as_client, KmcUnavailable, relay=relay, timeout=KMC_TIMEOUT_S)
+        return self._caller
+
+    async def keep_fresh(self) -> None:
+        """Renew for ever. The wall clock may jump, so it is looked at often."""
+        while True:
+            left = self._renew_at - time.time()
+            if left > 0:
+                await asyncio.sleep(min(left, LOOK_S))
+                continue
+            try:
+                await self.renew()
+            except CipherfleetError as exc:
+                log.warning("the certificate is not renewed yet: %s", exc.code)
+                await asyncio.sleep(RETRY_S)
+
+    async def renew(self) -> None:
+        """A new key, a new certificate. Raises what the KMC says."""
+        assert self._caller is not None  # noqa: S101 - caller() came first
+        key, csr = self.request()
+        addresses = (parse_address(self._configuration.address)[0],)
+        self.take(key, await self._caller.call("POST", "/v1/certificate", CertificateRequest(csr, addresses), reply=Chain))

@@ -1,0 +1,245 @@
+"""The KMC's routes, as ``contract.kmc_api`` documents them: who may call, for which consumer, and what is audited."""
+
+import logging
+from functools import partial
+
+from cipherfleet.channel.certificates import Credentials
+from cipherfleet.channel.server import Call, Handler, Server
+from cipherfleet.contract.errors import CipherfleetError, Forbidden, Malformed, Tampered, Unauthorised
+from cipherfleet.contract.identities import Role
+from cipherfleet.contract.ids import ApplicationName, ConsumerId, TokenId, VcmId, is_slug
+from cipherfleet.contract.kmc_api import (
+    ApplicationRequest,
+    AuditLog,
+    CardRequest,
+    ChallengeRequest,
+    EnrolRequest,
+    EscrowWrite,
+    KmcToTerminal,
+    KmcToVcm,
+    TerminalRefused,
+    TerminalToKmc,
+    VcmAuthorisation,
+    VcmCertificateRequest,
+    VcmToKmc,
+)
+from cipherfleet.contract.messages import CertificateRequest, Done
+from cipherfleet.contract.statements import Signed
+from cipherfleet.kmc import audit
+from cipherfleet.kmc.applications import Applications
+from cipherfleet.kmc.center import Center
+from cipherfleet.kmc.channels import Channel
+from cipherfleet.kmc.enrolment import Enrolment
+from cipherfleet.kmc.escrow import Escrow
+from cipherfleet.kmc.identity import IdentityDesk
+from cipherfleet.kmc.service import Service
+from cipherfleet.kmc.sessions import ConsumerSession
+
+log = logging.getLogger(__name__)
+
+MAX_SINCE = 2**31
+
+
+class KmcServer:
+    """The KMC without a process: its rooms behind one door. ``server`` is started by the caller."""
+
+    def __init__(self, center: Center, credentials: Credentials) -> None:
+        self.center = center
+        self.escrow = Escrow(center)
+        self.service = Service(center, self.escrow)
+        self.enrolment = Enrolment(center, self.escrow)
+        self.identity = IdentityDesk(center, self.service)
+        self.applications = Applications(center, self.escrow, self.service)
+        self.server = Server(credentials, check_peer=center.registry.check, wall_clock=center.wall_clock)
+        center.on_revoked.append(self.server.revoke)
+        self._mount()
+
+    def _mount(self) -> None:
+        operator, management, machine, vcm, terminal = (
+            [role] for role in (Role.OPERATOR, Role.MANAGEMENT, Role.MACHINE, Role.VCM, Role.TERMINAL)
+        )
+        for method, path, roles, handler in (
+            ("POST", "/v1/certificates/{role}/{id}", operator, self._certify_platform),
+            ("POST", "/v1/consumers", operator, self._enrol),
+            ("GET", "/v1/consumers", operator, self._list_consumers),
+            ("POST", "/v1/consumers/{consumer}/confirm", operator, self._confirm),
+            ("DELETE", "/v1/consumers/{consumer}", operator, self._remove),
+            ("GET", "/v1/applications", operator, self._list_applications),
+            ("POST", "/v1/applications/{consumer}/{name}/revoke", operator, self._revoke_application),
+            ("GET", "/v1/audit/verify", operator, self._verify_audit),
+            ("GET", "/v1/audit", [Role.OPERATOR, Role.VCM], self._audit),
+            ("POST", "/v1/identity/challenges", management, self._challenge),
+            ("POST", "/v1/identity/verify", management, self._verify_identity),
+            ("PUT", "/v1/vcms/{vcm}", management, self._authorise),
+            ("DELETE", "/v1/vcms/{vcm}", management, self._revoke_vcm),
+            ("GET", "/v1/vcms/{vcm}", management, self._vcm_state),
+            ("DELETE", "/v1/tokens/{token}", management, self._revoke_token),
+            ("POST", "/v1/consumers/{consumer}/revoke", management, self._revoke_service),
+            ("POST", "/v1/cards", machine, self._certify_card),
+            ("POST", "/v1/vcms/{vcm}/certificate", machine, self._certify_vcm),
+            ("POST", "/v1/certificate", vcm, self._renew_vcm),
+            ("GET", "/v1/escrow", vcm, self._read_escrow),
+            ("POST", "/v1/escrow", vcm, self._write_escrow),
+            ("GET", "/v1/vcm", vcm, self._vcm),
+            ("GET", "/v1/terminal", terminal, self._terminal),
+            ("POST", "/v1/applications", terminal, self._sign_application),
+        ):
+            self.server.route(method, path, roles, self._audited(f"{method} {path}", handler))
+
+    def _audited(self, event: str, handler: Handler) -> Handler:
+        """Attempts that were refused leave a line with the consumer they came from."""
+
+        async def serve(call: Call) -> object:
+            try:
+                return await handler(call)
+            except (Unauthorised, Forbidden, Tampered) as exc:
+                peer = call.peer.identity
+                await self.center.audit_refusal(peer.consumer, peer.uri, event, call.request.path, exc.code)
+                raise
+
+        return serve
+
+    # -- operator ------------------------------------------------------------------------------------------------------
+
+    async def _certify_platform(self, call: Call) -> object:
+        role, id_ = call.request.match_info["role"], call.request.match_info["id"]
+        return await self.enrolment.platform(role, id_, await call.body(CertificateRequest), actor=call.peer.identity.uri)
+
+    async def _enrol(self, call: Call) -> object:
+        return await self.enrolment.enrol(await call.body(EnrolRequest))
+
+    async def _list_consumers(self, call: Call) -> object:
+        return await self.enrolment.list_consumers()
+
+    async def _confirm(self, call: Call) -> object:
+        await self.enrolment.confirm(call.path("consumer", ConsumerId))
+        return Done()
+
+    async def _remove(self, call: Call) -> object:
+        await self.enrolment.remove(call.path("consumer", ConsumerId))
+        return Done()
+
+    async def _list_applications(self, call: Call) -> object:
+        return await self.applications.list_applications(_consumer_asked(call) or "")
+
+    async def _revoke_application(self, call: Call) -> object:
+        consumer, name = call.path("consumer", ConsumerId), call.path("name", ApplicationName)
+        await self.applications.revoke(consumer, name, actor=call.peer.identity.uri)
+        return Done()
+
+    async def _audit(self, call: Call) -> object:
+        """A VCM gets its own consumer's lines, whatever it asks for."""
+        consumer = call.peer.identity.consumer or _consumer_asked(call)
+        return AuditLog(await self.center.database.read(partial(audit.read, consumer=consumer)))
+
+    async def _verify_audit(self, call: Call) -> object:
+        """All lines are checked; the newest are shown."""
+        consumer = _consumer_asked(call)
+        await self.center.database.read(partial(audit.verify, consumer=consumer))
+        return AuditLog(await self.center.database.read(partial(audit.read, consumer=consumer)))
+
+    # -- management ----------------------------------------------------------------------------------------------------
+
+    async def _challenge(self, call: Call) -> object:
+        return await self.identity.challenge((await call.body(ChallengeRequest)).consumer)
+
+    async def _verify_identity(self, call: Call) -> object:
+        return await self.identity.verify(await call.body(Signed), actor=call.peer.identity.uri)
+
+    async def _authorise(self, call: Call) -> object:
+        await self.identity.authorise(call.path("vcm", VcmId), await call.body(VcmAuthorisation), actor=call.peer.identity.uri)
+        return Done()
+
+    async def _revoke_vcm(self, call: Call) -> object:
+        await self.service.revoke.vcm(call.path("vcm", VcmId), "vcm-deleted", actor=call.peer.identity.uri)
+        return Done()
+
+    async def _vcm_state(self, call: Call) -> object:
+        return await self.service.state(call.path("vcm", VcmId))
+
+    async def _revoke_token(self, call: Call) -> object:
+        await self.service.revoke.token(call.path("token", TokenId), actor=call.peer.identity.uri)
+        return Done()
+
+    async def _revoke_service(self, call: Call) -> object:
+        await self.service.revoke.service(call.path("consumer", ConsumerId), "service-off", actor=call.peer.identity.uri)
+        return Done()
+
+    # -- machine and VCM -----------------------------------------------------------------------------------------------
+
+    async def _certify_card(self, call: Call) -> object:
+        return await self.enrolment.card(await call.body(CardRequest), call.peer)
+
+    async def _certify_vcm(self, call: Call) -> object:
+        return await self.identity.certify(call.path("vcm", VcmId), await call.body(VcmCertificateRequest), call.peer)
+
+    async def _renew_vcm(self, call: Call) -> object:
+        return await self.identity.renew(await call.body(CertificateRequest), call.peer)
+
+    async def _read_escrow(self, call: Call) -> object:
+        await self.service.require_released(call.peer)
+        return await self.escrow.view(call.peer.identity.consumer)
+
+    async def _write_escrow(self, call: Call) -> object:
+        request = await call.body(EscrowWrite)
+        await self.service.require_released(call.peer)
+        consumer, id_ = call.peer.identity.consumer, VcmId(call.peer.identity.id)
+        receipt = await self.escrow.write(consumer, request, via=id_)
+        self.service.escrow_changed(consumer, receipt.log[-1].sequence, but=id_)
+        return receipt
+
+    async def _vcm(self, call: Call) -> object:
+        frames = await call.frames(VcmToKmc)
+        channel: Channel[KmcToVcm] = Channel(frames)
+        try:
+            session, vcm = await self.service.vcm_joined(call.peer, channel)
+            try:
+                async for frame in frames:
+                    await self.service.vcm_said(session, vcm, channel, frame)
+            finally:
+                self.service.vcm_left(vcm, channel)
+        except CipherfleetError as exc:
+            await self._refused(call, "vcm-channel", exc)
+        finally:
+            channel.finish()
+            await channel.closed()
+        return frames.socket
+
+    # -- terminal ------------------------------------------------------------------------------------------------------
+
+    async def _sign_application(self, call: Call) -> object:
+        return await self.applications.sign(await call.body(ApplicationRequest), call.peer)
+
+    async def _terminal(self, call: Call) -> object:
+        since = call.query("since", "0")
+        if not since.isascii() or not since.isdigit() or int(since[:12]) > MAX_SINCE:
+            raise Malformed("since is the number of the newest change that the Ukey has seen")
+        frames = await call.frames(TerminalToKmc)
+        channel: Channel[KmcToTerminal] = Channel(frames)
+        session: ConsumerSession | None = None
+        try:
+            session = await self.service.terminal_joined(call.peer, channel, int(since))
+            async for frame in frames:
+                await self.service.terminal_said(session, channel, frame)
+        except CipherfleetError as exc:
+            channel.post(TerminalRefused(exc.code, exc.message))
+            await self._refused(call, "terminal-channel", exc)
+        finally:
+            if session is not None:
+                self.service.terminal_left(session, channel)
+            channel.finish()
+            await channel.closed()
+        return frames.socket
+
+    async def _refused(self, call: Call, event: str, exc: CipherfleetError) -> None:
+        peer = call.peer.identity
+        log.warning("%s of %s was refused: %s", event, peer.uri, exc.code)
+        await self.center.audit_refusal(peer.consumer, peer.uri, event, peer.id, exc.code)
+
+
+def _consumer_asked(call: Call) -> str | None:
+    """The consumer of ``?consumer=``, ``None`` for all. Raises ``Malformed``."""
+    consumer = call.query("consumer")
+    if consumer and not is_slug(consumer):
+        raise Malformed("no consumer can have this name")
+    return consumer or None
