@@ -9,34 +9,26 @@
         ciphertext = await client.encrypt(key.id, b"a secret")
         assert await client.decrypt(ciphertext) == b"a secret"
 
-``SyncClient`` is the same without ``await``. Names are loaded when they are first used, so that a process which only needs
-a part of the package (the card, a VCM) loads nothing else.
+``SyncClient`` is the same without ``await``. Names are loaded when they are first used (PEP 562), so that a process which
+only needs a part of the package (the card, a VCM) loads nothing else. Their types stand in ``__init__.pyi``.
 """
 
-from typing import TYPE_CHECKING
+from importlib import import_module
 
-if TYPE_CHECKING:
-    from cipherfleet.contract.errors import CipherfleetError
-    from cipherfleet.services.middleware import Client, SyncClient
-
-    __version__: str
+_HOMES = {
+    "CipherfleetError": "cipherfleet.contract.errors",
+    "Client": "cipherfleet.services.middleware",
+    "SyncClient": "cipherfleet.services.middleware",
+}
 
 __all__ = ["CipherfleetError", "Client", "SyncClient", "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    if name in ("Client", "SyncClient"):
-        from cipherfleet.services import middleware
-
-        value: object = getattr(middleware, name)
-    elif name == "CipherfleetError":
-        from cipherfleet.contract import errors
-
-        value = errors.CipherfleetError
-    elif name == "__version__":
-        from importlib import metadata
-
-        value = metadata.version("cipherfleet")
+    if name == "__version__":
+        value: object = import_module("importlib.metadata").version("cipherfleet")
+    elif name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -7,50 +7,51 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from cipherfleet.channel.process import run
+from cipherfleet.channel.process import as_it_is, run
 
 
 def _hsm() -> int:
     from cipherfleet.kmc.process import HsmConfig, hsm_main
 
-    return run(hsm_main, HsmConfig)
+    return run(hsm_main, HsmConfig, prepare=as_it_is)
 
 
 def _kmc() -> int:
     from cipherfleet.kmc.process import KmcConfig, kmc_main
 
-    return run(kmc_main, KmcConfig)
+    return run(kmc_main, KmcConfig, prepare=as_it_is)
 
 
 def _management() -> int:
     from cipherfleet.management.process import ManagementConfig, main
 
-    return run(main, ManagementConfig)
+    return run(main, ManagementConfig, prepare=as_it_is)
 
 
 def _machine() -> int:
     from cipherfleet.computing.machine import MachineConfig, main
 
-    return run(main, MachineConfig)
+    return run(main, MachineConfig, prepare=as_it_is)
 
 
 def _card() -> int:
     from cipherfleet.computing.card_process import CardConfig, main
 
-    return run(main, CardConfig)
+    return run(main, CardConfig, prepare=as_it_is)
 
 
 def _vcm() -> int:
-    from cipherfleet.computing.vcm_process import VcmConfig, main
+    from cipherfleet.computing.vcm_config import VcmConfig
+    from cipherfleet.computing.vcm_process import confined, main
     from cipherfleet.services.components import mount
 
-    return run(partial(main, mount=mount), VcmConfig)
+    return run(partial(main, mount=mount), VcmConfig, prepare=confined)
 
 
 def _terminal() -> int:
     from cipherfleet.terminal.process import TerminalConfig, main
 
-    return run(main, TerminalConfig)
+    return run(main, TerminalConfig, prepare=as_it_is)
 
 
 ROLES: dict[str, Callable[[], int]] = {

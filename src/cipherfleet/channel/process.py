@@ -24,6 +24,7 @@ from cipherfleet.channel.certificates import write_private
 from cipherfleet.contract.errors import CipherfleetError, ErrorBody, Internal, TimedOut
 
 C = TypeVar("C")
+P = TypeVar("P")
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 
@@ -76,6 +77,11 @@ def running(run_folder: Path) -> list[ProcessEntry]:
     return entries
 
 
+def as_it_is(configuration: C) -> C:
+    """For processes that need no preparation."""
+    return configuration
+
+
 def protect(*, dumpable: bool = False, die_with_parent: bool = False) -> None:
     """No core dump and no ptrace by the same user (unless ``dumpable``); end when the parent ends."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -90,10 +96,16 @@ def configure_logging() -> None:
     logging.getLogger("asyncio").setLevel(logging.ERROR)
 
 
-def run(main: Callable[[C, Callable[[object], None], asyncio.Event], Awaitable[None]], kind: type[C]) -> int:
-    """A child's whole life: configuration from stdin, ``main(configuration, ready, stop)``, exit status.
+def run(
+    main: Callable[[P, Callable[[object], None], asyncio.Event], Awaitable[object]],
+    kind: type[C],
+    *,
+    prepare: Callable[[C], P],
+) -> int:
+    """A child's whole life: configuration from stdin, ``main(prepare(configuration), ready, stop)``, exit status.
 
-    ``ready(info)`` tells the parent; ``stop`` is set by SIGTERM and SIGINT.
+    ``prepare`` runs before there is an event loop: what confines a process belongs there, as a loop already holds descriptors
+    (libuv's io_uring) that no filter reaches. ``ready(info)`` tells the parent; ``stop`` is set by SIGTERM and SIGINT.
     """
     import uvloop  # a process that never runs a loop need not load it
 
@@ -104,15 +116,15 @@ def run(main: Callable[[C, Callable[[object], None], asyncio.Event], Awaitable[N
     def ready(info: object) -> None:
         _say(report, ReadyLine(ready=True, info=msgspec.Raw(codec.encode(info))))
 
-    async def live() -> None:
+    async def live(prepared: P) -> None:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await main(configuration, ready, stop)
+        await main(prepared, ready, stop)
 
     try:
         configuration = codec.decode(sys.stdin.buffer.read(), kind, what="the configuration")
-        uvloop.run(live())
+        uvloop.run(live(prepare(configuration)))
     except CipherfleetError as exc:
         logging.getLogger(__name__).error("%s: %s", exc.code, exc.message)  # noqa: TRY400
         _say(report, ReadyLine(ready=False, error=exc.to_reply().error))

@@ -154,7 +154,7 @@ class Server:
 
     async def start(self, address: tuple[str, int] | socket.socket) -> tuple[str, int]:
         """Listen, and say where. Raises ``PortTaken``."""
-        self._runner = web.AppRunner(self._app, access_log=None, shutdown_timeout=1.0, handle_signals=False)
+        self._runner = web.AppRunner(self._app, access_log=None, shutdown_timeout=1.0, handle_signals=False, auto_decompress=False)
         await self._runner.setup()
         try:
             if isinstance(address, socket.socket):

@@ -56,7 +56,11 @@ async def serve_control(channel: ControlChannel, server: CardServer, protection:
         raw = await channel.receive()
         if not raw:
             return
-        request: CardRequests = codec.decode(raw, CardRequests)  # type: ignore[arg-type]  # msgspec takes a union for a type
+        try:
+            request: CardRequests = codec.decode(raw, CardRequests)  # type: ignore[arg-type]  # msgspec takes a union for a type
+        except CipherfleetError:
+            log.error("the machine sent what is no request")  # noqa: TRY400
+            return
         try:
             answer = await _serve(request, channel, server, protection)
         except CipherfleetError as exc:

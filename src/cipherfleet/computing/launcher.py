@@ -26,7 +26,8 @@ INSIDE_RELAY = "/run/cipherfleet"
 PROBE_S = 10.0
 _TEMPORARY_BYTES = 1024 * 1024
 _SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/etc/ssl/openssl.cnf")
-_ENVIRONMENT = {"LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "2"}  # an arena of its own for each thread would eat up the address space
+# An arena for each thread would eat up the address space; a ring for system calls would pass by the filter of system calls.
+_ENVIRONMENT = {"LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "2"}
 
 VCM_COMMAND = (sys.executable, "-I", "-B", "-m", "cipherfleet.app.roles", "vcm")
 
@@ -43,7 +44,7 @@ def readable_paths() -> tuple[str, ...]:
 
 
 def _library_folders() -> list[str]:
-    return [path for path in ("/lib", "/lib32", "/lib64", "/libx32") if Path(path).is_dir()]
+    return [path for path in ("/lib", "/lib32", "/lib64", "/libx32", "/sbin") if Path(path).is_dir()]
 
 
 def bubblewrap_command(

@@ -161,10 +161,10 @@ class SocketCard:
 
     async def start(self) -> None:
         """Raises ``CardUnavailable``."""
-        self._socket.setblocking(False)
-        widen(self._socket)
         link = _Link(self._completed, self._lost)
         try:
+            self._socket.setblocking(False)
+            widen(self._socket)
             await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=self._socket)
         except OSError as exc:
             raise CardUnavailable("the crypto card is gone") from exc

@@ -6,6 +6,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from cipherfleet.channel.certificates import Credentials, key_to_pem, make_request, new_key
@@ -29,13 +30,25 @@ log = logging.getLogger(__name__)
 RETRY_S = 1.0
 LOOK_S = 5.0
 KMC_TIMEOUT_S = 10.0
+FAREWELL_S = 0.03
 
 Mount = Callable[[Server, VcmHost], None]
 
 
-async def main(configuration: VcmConfig, ready: Callable[[object], None], stop: asyncio.Event, *, mount: Mount) -> None:
-    """Confined, then ``run``."""
-    await run(configuration, confine(configuration.confinement), ready, stop, mount=mount)
+class Confined(NamedTuple):
+    """A VCM that has confined itself, and what is in force."""
+
+    configuration: VcmConfig
+    isolation: Isolation
+
+
+def confined(configuration: VcmConfig) -> Confined:
+    """First of all, before there is a loop: a loop's io_uring would be a way around seccomp."""
+    return Confined(configuration, confine(configuration.confinement))
+
+
+async def main(vcm: Confined, ready: Callable[[object], None], stop: asyncio.Event, *, mount: Mount) -> None:
+    await run(vcm.configuration, vcm.isolation, ready, stop, mount=mount)
 
 
 async def run(
@@ -90,16 +103,18 @@ async def _live(vcm: Vcm, link: Link, certificate: "OwnCertificate", boot: BootC
         vcm.end("machine-unavailable", "its machine is gone")
 
     tasks = [asyncio.create_task(work) for work in (link.run(), certificate.keep_fresh(), stopped(), orphaned())]
+    first: set[asyncio.Future[Any]] = {vcm.ended, *tasks[:2]}
     try:
-        await asyncio.wait((vcm.ended, *tasks[:2]), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks[:2]:
-            if task.done() and not task.cancelled() and task.exception() is not None:
-                log.error("a VCM's task failed: %s", task.exception())
+            if task.done():
+                log.error("a VCM's task ended: %s", type(task.exception()).__name__)
         vcm.end("internal", "something went wrong in the VCM")
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for _ in range(2):  # the first time, a channel still says goodbye to the KMC
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=FAREWELL_S)
     return vcm.ended.result()
 
 

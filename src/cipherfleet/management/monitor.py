@@ -45,9 +45,9 @@ class Monitor:
             caller = await self._machines.caller_of(record)
             report = await caller.call("GET", "/v1/status", reply=MachineReport, timeout=self._timeout)
         except CipherfleetError:
+            report = None
+        if report is None or report.id != record.id:
             self._silent[record.id] = self._silent.get(record.id, 0) + 1
-            return False
-        if report.id != record.id:
             return False
         self._silent[record.id] = 0
         self._reports[record.id] = msgspec.structs.replace(report, url=record.url, seen_at=asked)

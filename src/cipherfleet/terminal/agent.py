@@ -67,28 +67,26 @@ class Agent:
                 receive=self._requests.receive,
                 lost=lambda why: state.tell("management-lost", detail=why),
             )
-            removed: asyncio.Future[Any]
-            stopped: asyncio.Future[Any]
-            removed, stopped = asyncio.ensure_future(state.ukey.removed()), asyncio.ensure_future(stop.wait())
-            work: list[asyncio.Future[Any]] = [
-                asyncio.ensure_future(w) for w in (state.kmc.keep(), self._keep_management(), self._patrol())
+            waits: list[asyncio.Future[Any]] = [
+                state.failure,
+                *map(asyncio.ensure_future, (state.kmc.keep(), self._keep_management(), self._patrol())),
+                *map(asyncio.ensure_future, (state.ukey.removed(), stop.wait())),
             ]
             try:
-                await asyncio.wait([removed, stopped, state.failure, *work], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
                 if stop.is_set():
                     return Ended.STOPPED
-                if removed.done() or not state.ukey.present:  # what failed because the Ukey went is no error of its own
+                if not state.ukey.present:  # what failed because the Ukey went is no error of its own
                     return Ended.REMOVED
-                for ended in (state.failure, *work):
-                    if ended.done():
-                        ended.result()
-                raise RuntimeError("a channel ended by itself")
+                for ended in [w for w in waits if w.done()]:
+                    ended.result()
+                return Ended.REMOVED  # and is back already: it was out for less than a watch
             finally:
                 await self._say_goodbye()
-                logins = [s.login for s in state.services.values() if s.login is not None]
-                for ending in (removed, stopped, state.failure, *work, *logins):
+                waits += [s.login for s in state.services.values() if s.login is not None]
+                for ending in waits:
                     ending.cancel()
-                await asyncio.gather(removed, stopped, state.failure, *work, *logins, return_exceptions=True)
+                await asyncio.gather(*waits, return_exceptions=True)
 
     async def _say_goodbye(self) -> None:
         """The Ukey is out: KMC and management revoke everything at once, each on its own."""

@@ -17,7 +17,7 @@ from cipherfleet.contract.errors import CipherfleetError, Internal, PortTaken, T
 
 CHILD = """
 import asyncio, sys
-from cipherfleet.channel.process import run, protect
+from cipherfleet.channel.process import as_it_is, run, protect
 from cipherfleet.contract.errors import PortTaken
 protect(die_with_parent=True)
 async def main(configuration, ready, stop):
@@ -29,7 +29,7 @@ async def main(configuration, ready, stop):
         print("this goes to the log")
         ready({"said": configuration["do"]})
     await stop.wait()
-sys.exit(run(main, dict))
+sys.exit(run(main, dict, prepare=as_it_is))
 """
 COMMAND = [sys.executable, "-c", CHILD]
 

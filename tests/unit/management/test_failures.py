@@ -225,7 +225,7 @@ async def test_a_deletion_whose_peers_are_away_is_ended_when_they_are_back(
 
 
 async def test_a_refused_deletion_leaves_the_vcm_serving(world: World) -> None:
-    terminal, vcm = await world.serving()
+    _, vcm = await world.serving()
     world.kmc.before["verify"] = error
     with pytest.raises(NotPermitted, match="the fake refuses"):
         await world.operator.call("DELETE", f"/v1/vcms/{vcm}", reply=VcmDetail)

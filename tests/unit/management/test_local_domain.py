@@ -206,15 +206,15 @@ class TestReal:
 
 
 def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_domain.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(IsolationUnavailable, match="needs root") as caught:
         LocalDomainNetwork.check()
     assert "--isolation process" in caught.value.hint
 
 
 def test_without_nft_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_domain.os, "geteuid", lambda: 0)
-    monkeypatch.setattr(local_domain.shutil, "which", lambda name: None)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(IsolationUnavailable, match="nft"):
         LocalDomainNetwork.check()
 

@@ -62,7 +62,8 @@ class World:
         self._stop = asyncio.Event()
         config = ManagementConfig(str(self.state), "127.0.0.1:0", MANAGEMENT, self.kmc.url, self.isolation, 99, self.settings)
         self._task = asyncio.create_task(main(config, ready.set_result, self._stop))
-        await asyncio.wait({self._task, ready}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {self._task, ready}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if self._task.done():
             self._task.result()
         answer = ready.result()

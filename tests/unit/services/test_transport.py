@@ -163,7 +163,7 @@ async def test_what_could_be_misread_is_refused(stage: Stage, client: Client, ve
         await peer.send(request(path, *headers, version=version) + b"hello")
         status, body = await peer.answer()
     assert status == 400
-    assert b"unsupported" in body or b"Can not decode" in body or b"brotli" in body.lower()
+    assert b'"unsupported"' in body
 
 
 @pytest.mark.parametrize(

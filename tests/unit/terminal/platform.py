@@ -102,7 +102,7 @@ class Line:
         self.frames: Frames[Any, Any] | None = None
         self.queries: list[str] = []
         self.connections = 0
-        self.arrived = asyncio.Event()
+        self.arrived, self.closed = asyncio.Event(), asyncio.Event()
 
     async def serve(self, call: Call) -> object:
         frames = await call.frames(self._receives)
@@ -110,12 +110,14 @@ class Line:
         self.queries.append(call.request.query_string)
         self.connections += 1
         self.arrived.set()
+        self.closed.clear()
         async for frame in frames:
             self.sent.put_nowait(frame)
         if self.frames is frames:
             self.frames = None
+            self.closed.set()
         await frames.close()
-        return frames.response if hasattr(frames, "response") else frames.socket
+        return frames.response
 
     async def say(self, frame: object) -> None:
         if self.frames is None:

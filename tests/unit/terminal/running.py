@@ -1,7 +1,6 @@
 """The terminal in the test's own process."""
 
 import asyncio
-import contextlib
 from pathlib import Path
 from typing import Self
 
@@ -34,8 +33,9 @@ class Running:
 
     async def __aexit__(self, *exc: object) -> None:
         self.stop.set()
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(self.task, PATIENCE_S)
+        await asyncio.wait({self.task}, timeout=PATIENCE_S)
+        if not self.task.cancelled():
+            self.task.exception()  # seen: the test asked for it with ``ends``, or does not care
 
     def steps(self) -> list[str]:
         return [event.step for event in self.events]
