@@ -127,10 +127,10 @@ def test_digests_macs_and_random(plugged: Consumer) -> None:
 def test_data_keys_and_reencryption(plugged: Consumer) -> None:
     with plugged.client() as client:
         old, new = client.create_key("AES-256-GCM"), client.create_key("SM4-GCM")
-        made = client.generate_data_key(old.id, 32)
+        made = client.generate_data_key(old.id, length=32)
         assert made.plaintext is not None
         assert client.decrypt(made.ciphertext) == made.plaintext
-        wrapped_only = client.generate_data_key(old.id, 32, plaintext=False)
+        wrapped_only = client.generate_data_key(old.id, length=32, plaintext=False)
         assert wrapped_only.plaintext is None
         moved = client.reencrypt(new.id, client.encrypt(old.id, b"x" * 200_000))
         assert client.decrypt(moved) == b"x" * 200_000

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cipherfleet.contract.errors import CipherfleetError
 
-screen = Console(highlight=False)
+screen = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 errors = Console(stderr=True, highlight=False)
 
 

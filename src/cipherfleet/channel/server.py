@@ -36,10 +36,22 @@ from cipherfleet.contract.identities import Peer, Role
 from cipherfleet.contract.ids import Serial
 
 log = logging.getLogger(__name__)
+_http_log = logging.getLogger(f"{__name__}.http")
 
 T = TypeVar("T")
 F = TypeVar("F")
 G = TypeVar("G")
+
+
+def _without_content(record: logging.LogRecord) -> bool:
+    """What could not be parsed is quoted in the parser's error, and could be anything: a body that was announced too short."""
+    if record.exc_info and record.exc_info[0] is not None:
+        record.msg, record.args = f"{record.getMessage()}: {record.exc_info[0].__name__}", ()
+        record.exc_info = record.exc_text = None
+    return True
+
+
+_http_log.addFilter(_without_content)
 
 
 class Call:
@@ -154,7 +166,9 @@ class Server:
 
     async def start(self, address: tuple[str, int] | socket.socket) -> tuple[str, int]:
         """Listen, and say where. Raises ``PortTaken``."""
-        self._runner = web.AppRunner(self._app, access_log=None, shutdown_timeout=1.0, handle_signals=False, auto_decompress=False)
+        self._runner = web.AppRunner(
+            self._app, access_log=None, shutdown_timeout=1.0, handle_signals=False, auto_decompress=False, logger=_http_log
+        )
         await self._runner.setup()
         try:
             if isinstance(address, socket.socket):

@@ -83,7 +83,7 @@ class Agent:
                 return Ended.REMOVED  # and is back already: it was out for less than a watch
             finally:
                 await self._say_goodbye()
-                waits += [s.login for s in state.services.values() if s.login is not None]
+                waits += state.logins
                 for ending in waits:
                     ending.cancel()
                 await asyncio.gather(*waits, return_exceptions=True)

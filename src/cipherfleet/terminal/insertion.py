@@ -3,8 +3,8 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -102,6 +102,7 @@ class Insertion:
         self.polite = True  # say goodbye: not when another terminal took over
         self.cause: tuple[CipherfleetError, float] | None = None  # why this side gave a VCM up
         self.ask_at: float | None = None
+        self.logins: set[asyncio.Task[None]] = set()
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._retry_s = _FIRST_RETRY_S
         self._progress = progress
@@ -115,6 +116,11 @@ class Insertion:
             self.failure.set_exception(error)
         await asyncio.get_running_loop().create_future()
         raise RuntimeError("nobody wakes this up")
+
+    def start_login(self, service: Service, work: Coroutine[Any, Any, None]) -> None:
+        service.login = asyncio.create_task(work)
+        self.logins.add(service.login)
+        service.login.add_done_callback(self.logins.discard)
 
     def drop(self, service: Service) -> None:
         """Nothing is signed for this VCM from now on."""

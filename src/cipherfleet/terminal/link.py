@@ -37,10 +37,11 @@ class Link:
         self._caller, self._path, self._receives = caller, path, receives
         self._hello, self._receive, self._lost = hello, receive, lost
         self._frames: Frames[Any, Any] | None = None
+        self._leaving = False
         self.opened = asyncio.Event()  # once set it stays set: the platform was there
 
     async def keep(self) -> None:
-        """Runs until cancelled, or until something ends the link for good."""
+        """Runs until cancelled. Raises what hinders the first connection, and what connecting again would not mend."""
         delay, started = FIRST_DELAY_S, time.monotonic()
         while True:
             connected = time.monotonic()
@@ -50,7 +51,8 @@ class Link:
                     self.opened.set()
                     await self._hello()
                     async for frame in frames:
-                        await self._receive(frame)
+                        if not self._leaving:
+                            await self._receive(frame)
                 why = "closed"
             except _TRANSIENT as exc:
                 if not self.opened.is_set() and (isinstance(exc, CertificateInvalid) or time.monotonic() - started > PATIENCE_S):
@@ -58,6 +60,8 @@ class Link:
                 why = exc.code if isinstance(exc, CipherfleetError) else "broken"
             finally:
                 self._frames = None
+            if self._leaving:
+                return await asyncio.get_running_loop().create_future()
             self._lost(why)
             if time.monotonic() - connected > LONGEST_DELAY_S:
                 delay = FIRST_DELAY_S
@@ -79,7 +83,11 @@ class Link:
         return False
 
     async def say_goodbye(self, *frames: object, within: float) -> None:
-        """Send the last frames and close, all within ``within`` seconds, whatever the other side does."""
+        """Send the last frames and close, all within ``within`` seconds, whatever the other side does.
+
+        From the first moment on nothing that still comes in is heard, and nothing is connected again.
+        """
+        self._leaving = True
         open_ = self._frames
         if open_ is None:
             return

@@ -62,6 +62,8 @@ class Terminal:
         """
         try:
             ukey = await self._open(attempts=1)
+            if not self._keep_pin:
+                wipe(self._pin)
             with ukey, only_one(self._run_folder, ukey.record.consumer):
                 while await self._insertion(ukey, stop) is Ended.REMOVED:
                     if not self._keep_pin:

@@ -1,6 +1,5 @@
 """What the management platform asks of the terminal: creation steps 1, 7, 8 and 9, deletion steps 1, 7 and 8."""
 
-import asyncio
 import time
 
 from cipherfleet.channel.signing import sign
@@ -87,7 +86,7 @@ class Requests:
             flow.mark(Mark(frame.vcm, frame.mark))  # step c
             service = state.services[frame.vcm] = Service(frame.vcm, frame.endpoint, flow)
         if service.login is None or service.login.done():
-            service.login = asyncio.create_task(self._log_in(service, frame.network_namespace))
+            state.start_login(service, self._log_in(service, frame.network_namespace))
         waiting = state.signals.pop(frame.vcm, None)
         if waiting is not None:
             await self._release.release(service, waiting[0])

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar, Protocol, Self
+from typing import Protocol, Self
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -38,6 +38,7 @@ VERSION = 1
 WATCH_S = 0.1
 RECORD, SECRETS, CMK = "ukey.json", "secrets.sealed", "cmk.bin"
 _SCALAR_BYTES = 32
+_NO_UKEY_HINT = "an operator writes one with: cipherfleet consumer enroll NAME --ukey DIR"
 
 
 class PublicRecord(msgspec.Struct, frozen=True):
@@ -169,7 +170,6 @@ class DirectoryUkey:
     """A Ukey that is a folder. ``with DirectoryUkey.open(folder, pin) as ukey: ...``"""
 
     _last_looked: tuple[int, int, int, int] | None = None
-    missing_hint: ClassVar[str] = "is the folder a Ukey? An operator writes one with: cipherfleet consumer enroll NAME --ukey DIR"
 
     def __init__(self, folder: Path, record: PublicRecord, secrets: UkeySecrets) -> None:
         self.folder = folder
@@ -335,8 +335,10 @@ def read_record(folder: Path | str) -> PublicRecord:
 
 
 def _read_record(folder: Path) -> tuple[bytes, PublicRecord]:
-    if not (folder / RECORD).exists():
-        raise UkeyAbsent(f"there is no Ukey at {folder}", "" if not folder.exists() else DirectoryUkey.missing_hint)
+    try:
+        (folder / RECORD).stat()
+    except OSError as exc:
+        raise UkeyAbsent(f"there is no Ukey at {folder}", _NO_UKEY_HINT if folder.is_dir() else "") from exc
     raw = read_file(folder / RECORD)
     try:
         version = codec.decode(raw, dict[str, object]).get("version")

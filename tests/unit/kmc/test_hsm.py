@@ -78,7 +78,13 @@ async def test_a_label_is_given_once(hsm: EmbeddedHsm) -> None:
 async def test_a_handle_does_only_what_its_key_is_for(hsm: EmbeddedHsm) -> None:
     pair, wrap = await hsm.generate_key_pair(CA), await hsm.generate_wrap_key(ROOT)
     unknown = KeyHandle("0" * 32)
-    for attempt in (hsm.sign(wrap, b""), hsm.sign(unknown, b""), hsm.public_key(wrap), hsm.generate_wrapped(pair), hsm.generate_wrapped(unknown)):
+    for attempt in (
+        hsm.sign(wrap, b""),
+        hsm.sign(unknown, b""),
+        hsm.public_key(wrap),
+        hsm.generate_wrapped(pair),
+        hsm.generate_wrapped(unknown),
+    ):
         with pytest.raises(KeyUnknown):
             await attempt
     with pytest.raises(KeyUnknown):

@@ -314,11 +314,8 @@ async def start_vcm(
 
 def key_row(consumer: str, key: KeyId | None = None, version: int = 1, *, mark: bytes = b"w") -> EscrowRow:
     """A row as a card makes them, but wrapped in nothing."""
-    attributes: KeyAttributes | VersionAttributes
-    if version == 0:
-        attributes = KeyAttributes("AES-256-GCM", KeyState.ENABLED, 1, 1, 0.0)
-    else:
-        attributes = VersionAttributes("AES-256-GCM", 0.0)
+    of_key = KeyAttributes("AES-256-GCM", KeyState.ENABLED, 1, 1, 0.0)
+    attributes = of_key if version == 0 else VersionAttributes("AES-256-GCM", 0.0)
     return EscrowRow(ConsumerId(consumer), key or new_key_id(), version, msgspec.json.encode(attributes), mark * 60)
 
 

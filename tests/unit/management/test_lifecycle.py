@@ -388,7 +388,7 @@ async def test_an_answer_to_an_old_challenge_is_refused(world: World) -> None:
         answers.append(await terminal.prove(frame))
         return answers[0]
 
-    terminal.answers[IdentityWanted] = replay  # type: ignore[assignment]
+    terminal.answers[IdentityWanted] = replay
     await terminal.plug_in()
     await terminal.service()
     world.kmc.calls.clear()
@@ -404,7 +404,7 @@ async def test_an_answer_with_another_ukey_is_refused(world: World, consumer: st
     async def forge(frame: IdentityWanted) -> IdentityAnswered:
         return IdentityAnswered(await sign(IdentityRequest(ConsumerId(consumer), frame.nonce, frame.purpose, frame.vcm), UKEYS[BOLT]))
 
-    terminal.answers[IdentityWanted] = forge  # type: ignore[assignment]
+    terminal.answers[IdentityWanted] = forge
     await terminal.plug_in()
     failed = await terminal.wait_for(FlowFailed)
     assert failed.code == ("foreign-consumer" if consumer == BOLT else "statement-forged")

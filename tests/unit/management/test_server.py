@@ -212,12 +212,11 @@ async def test_a_consumer_with_a_vcm_is_not_removed(world: World) -> None:
     assert await world.operator.call("PUT", f"/v1/consumers/{ACME}", reply=DomainInfo) == before
 
 
-async def start(world: World, state: Path, **changes: Any) -> None:
-    values = {"address": "127.0.0.1:0", "isolation": "process", "network": 99} | changes
-    config = ManagementConfig(str(state), values["address"], MANAGEMENT, world.kmc.url, values["isolation"], values["network"], SETTINGS)
+async def start(world: World, state: Path, address: str = "127.0.0.1:0", isolation: str = "process") -> None:
+    """Start and stop another platform."""
     stop = asyncio.Event()
     stop.set()
-    await main(config, lambda info: None, stop)
+    await main(ManagementConfig(str(state), address, MANAGEMENT, world.kmc.url, isolation, 99, SETTINGS), lambda info: None, stop)
 
 
 async def test_a_start_that_cannot_be_says_why(world: World, tmp_path: Path) -> None:

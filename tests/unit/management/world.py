@@ -35,8 +35,10 @@ TERMINALS = {name: DOMAINS[name].credentials(Identity(Role.TERMINAL, "ukey-00000
 
 
 class World:
-    def __init__(self, state: Path, settings: Settings = SETTINGS, machines: int = 2, isolation: str = "process") -> None:
-        self.state, self.settings, self.isolation = state, settings, isolation
+    def __init__(
+        self, state: Path, settings: Settings = SETTINGS, machines: int = 2, isolation: str = "process", network: int = 99
+    ) -> None:
+        self.state, self.settings, self.isolation, self.network = state, settings, isolation, network
         self.kmc = FakeKmc(PLATFORM)
         self.kmc.ukeys = {name: ukey.public_key for name, ukey in UKEYS.items()}
         self.machines = [FakeMachine(MachineId(f"m{n}"), PLATFORM) for n in range(1, machines + 1)]
@@ -60,7 +62,7 @@ class World:
     async def start_management(self) -> None:
         ready: asyncio.Future[object] = asyncio.get_running_loop().create_future()
         self._stop = asyncio.Event()
-        config = ManagementConfig(str(self.state), "127.0.0.1:0", MANAGEMENT, self.kmc.url, self.isolation, 99, self.settings)
+        config = ManagementConfig(str(self.state), "127.0.0.1:0", MANAGEMENT, self.kmc.url, self.isolation, self.network, self.settings)
         self._task = asyncio.create_task(main(config, ready.set_result, self._stop))
         either: set[asyncio.Future[Any]] = {self._task, ready}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)

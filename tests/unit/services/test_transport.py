@@ -185,6 +185,20 @@ async def test_broken_requests_end_the_connection(stage: Stage, head: bytes) -> 
         assert await peer.reader.read() == b""
 
 
+async def test_plaintext_that_is_taken_for_a_request_is_not_logged(stage: Stage, client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    path = await encryption(client)
+    async with wire(stage) as peer:
+        await peer.send(request(path, "Content-Length: 3") + b"the")
+        assert (await peer.answer())[0] == 200
+        await peer.send(b"hunter2 and more of the secret\r\n\r\n")
+        assert (await peer.answer())[0] == 400
+    async with wire(stage) as peer:
+        await peer.send(request(path, "Transfer-Encoding: chunked") + b"hunter2 is no chunk\r\n")
+        assert (await peer.head())[0] == 400
+    assert caplog.records
+    assert "hunter2" not in caplog.text
+
+
 # -- callers that stop, leave, or do not listen ------------------------------------------------------------------------
 
 

@@ -61,6 +61,7 @@ async def test_the_ukey_back_the_service_is_on_again(enrolled: Platform, termina
     for _ in range(2):
         await enrolled.create()
         pocket = pull(enrolled)
+        await enrolled.kmc.line.hears(UkeyRemoved)
         await enrolled.management.line.hears(Removed)
         pocket.rename(enrolled.ukey)
     await enrolled.create()

@@ -207,6 +207,8 @@ class Connection:
         failed: dict[str, CipherfleetError] = {}
         stale: set[str] = set()
         while (endpoint := await self.endpoints.choose(failed)) is not None:
+            if upload is not None:  # a small one is gathered before there is a connection
+                await upload.rewind()
             try:
                 response = await self._send(endpoint, method, path, upload, headers, watch)
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:  # nothing was sent
@@ -236,8 +238,6 @@ class Connection:
                     raise failure
                 failed[endpoint] = failure
                 self.endpoints.forget(endpoint)
-            if upload is not None:
-                await upload.rewind()
         raise self._verdict(list(failed.values()))
 
     @staticmethod

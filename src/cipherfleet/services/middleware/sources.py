@@ -124,6 +124,7 @@ def _extent(data: object) -> tuple[int | None, int | None]:
 async def _cut_all(data: memoryview) -> AsyncIterator[Bytes]:
     for start in range(0, len(data), PIECE_BYTES):
         yield data[start : start + PIECE_BYTES]
+        await asyncio.sleep(0)  # so that a lost connection is noticed, and others have their turn
 
 
 async def _asynchronous(data: AsyncIterable[Bytes]) -> AsyncIterator[Bytes]:

@@ -1,0 +1,73 @@
+"""A VCM's listening socket, on this host and in a namespace of its own."""
+
+import os
+import secrets
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cipherfleet.computing.listening import open_listening, parse_address
+from cipherfleet.contract.errors import IsolationUnavailable, Malformed, PortTaken
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.1", "host:80", "127.0.0.1:x", "127.0.0.1:70000", "127.0.0.1:-1"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(Malformed):
+        parse_address(address)
+
+
+def test_both_families_are_understood() -> None:
+    assert parse_address("127.0.0.1:8443") == ("127.0.0.1", 8443)
+    assert parse_address("[::1]:8443") == ("::1", 8443)
+
+
+async def test_a_taken_address_is_said() -> None:
+    with await open_listening("127.0.0.1:0") as first:
+        port = first.getsockname()[1]
+        with pytest.raises(PortTaken, match=f"127.0.0.1:{port}"):
+            await open_listening(f"127.0.0.1:{port}")
+
+
+async def test_an_address_of_another_host_is_refused() -> None:
+    with pytest.raises(PortTaken):
+        await open_listening("203.0.113.7:8443")
+
+
+@pytest.mark.parametrize("name", ["../../etc", "..", "."])
+async def test_a_namespace_is_named_not_pathed(name: str) -> None:
+    with pytest.raises(Malformed):
+        await open_listening("127.0.0.1:0", name)
+
+
+async def test_a_namespace_that_is_not_there_is_said() -> None:
+    with pytest.raises(IsolationUnavailable):
+        await open_listening("127.0.0.1:0", "cf-not-there")
+
+
+@pytest.fixture
+def namespace() -> Iterator[str]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    name = f"cft{secrets.token_hex(3)}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+    yield name
+    subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+@pytest.mark.root
+async def test_in_a_namespace_it_is_reachable_there_alone_and_nobody_else_moves(namespace: str) -> None:
+    before = Path("/proc/self/ns/net").readlink()
+    with await open_listening("127.0.0.1:0", namespace) as opened:
+        port = opened.getsockname()[1]
+        assert Path("/proc/self/ns/net").readlink() == before
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=2)
+        inside = f"import socket; socket.create_connection(('127.0.0.1', {port}), timeout=2); print('in')"
+        done = subprocess.run(["ip", "netns", "exec", namespace, "python3", "-c", inside], capture_output=True, check=False)
+        assert done.stdout == b"in\n"
+        with pytest.raises(PortTaken):
+            await open_listening(f"127.0.0.1:{port}", namespace)
