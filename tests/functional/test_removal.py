@@ -190,4 +190,4 @@ def test_the_ukey_back_the_service_is_on_again(shared_cloud: TestCloud, consumer
             eventually(lambda: not refusal(lambda: client.random(1)), within=15.0, what="service on again")
             print(f"Ukey back -> service on {boottime() - back:.2f} s")  # noqa: T201
             assert client.decrypt(ciphertext) == b"kept"
-    assert consumer.service == "on"
+    eventually(lambda: consumer.service == "on", what="management says so too")

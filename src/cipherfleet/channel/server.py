@@ -164,6 +164,13 @@ class Server:
             self._abort(transport)
         return len(doomed)
 
+    def stop_listening(self) -> None:
+        """Let nobody in any more, now; open connections go on."""
+        for site in self._runner.sites if self._runner is not None else ():
+            listener = getattr(site, "_server", None)  # aiohttp offers a way that waits, only
+            if listener is not None:
+                listener.close()
+
     async def start(self, address: tuple[str, int] | socket.socket) -> tuple[str, int]:
         """Listen, and say where. Raises ``PortTaken``."""
         self._runner = web.AppRunner(

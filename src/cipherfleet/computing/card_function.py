@@ -5,6 +5,7 @@ on keys happens under a lease that is checked before and after it; what came out
 """
 
 import hmac
+import logging
 import secrets
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -15,31 +16,27 @@ from cipherfleet.channel import codec, signing
 from cipherfleet.computing import card_chain, engine, engine_wrap
 from cipherfleet.computing.card_chain import KeyChain
 from cipherfleet.computing.card_lease import Lease, boottime
+from cipherfleet.computing.card_tables import KeyTable, StreamTable
 from cipherfleet.computing.engine import Key
 from cipherfleet.computing.engine_memory import Data, wipe
 from cipherfleet.computing.engine_message import Encryptor
-from cipherfleet.computing.engine_stream import Signature, Stream, open_stream
+from cipherfleet.computing.engine_stream import Stream, open_stream
 from cipherfleet.contract.algorithms import Algorithm, Kind, algorithm
 from cipherfleet.contract.errors import (
     CmkInvalid,
     ForeignConsumer,
-    KeyExhausted,
-    KeyUnknown,
     LeaseExpired,
-    LimitReached,
     Malformed,
-    OutOfOrder,
     ServiceOff,
     StatementForged,
     TooLarge,
     Unsupported,
     WrongKeyType,
 )
-from cipherfleet.contract.escrow import EscrowRow, VersionAttributes, decode_attributes
-from cipherfleet.contract.ids import CardId, ConsumerId, KeyId, VcmId
+from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, VersionAttributes, decode_attributes
+from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
 from cipherfleet.contract.statements import ApplicationStatement, LoginStatement, Signed
 from cipherfleet.contract.vcc import (
-    MAX_STREAMS,
     CardDescription,
     CmkDelivery,
     DataKeyRequest,
@@ -52,15 +49,12 @@ from cipherfleet.contract.vcc import (
 
 T = TypeVar("T")
 
-MAX_KEYS = 16384
-MAX_MESSAGES = 2**32
-"""Messages under one key version: with a key of its own for each, the salts' birthday bound stays below 2**-190."""
-MAX_COUNTED_KEYS = 4 * MAX_KEYS
 MAX_RANDOM_BYTES = 1024 * 1024
-MAX_HELD_BYTES = 8 * 1024 * 1024
 MAX_ATTRIBUTE_BYTES = 64 * 1024
 WAITING_S = 30.0
 """A CMK that no lease follows is dropped again after this time."""
+
+log = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
@@ -75,11 +69,6 @@ class Answer(NamedTuple):
     value: int = 0
     parameters: bytes = b""
     data: Data = b""
-
-
-class _OpenStream(NamedTuple):
-    stream: Stream
-    handles: tuple[int, ...]
 
 
 class Work(NamedTuple):
@@ -112,9 +101,7 @@ class VirtualFunction:
         self._waits_until = 0.0
         self._ended = False
         self._newest_point = (-1, -1)
-        self._keys: dict[int, Key] = {}
-        self._streams: dict[int, _OpenStream] = {}
-        self._messages: dict[tuple[KeyId, int], int] = {}
+        self._keys, self._streams = KeyTable(), StreamTable()
         self._without_lease: dict[int, Callable[[Request], Answer]] = {
             Operation.NULL: lambda _: Answer(),
             Operation.DESCRIBE: self._describe,
@@ -166,15 +153,13 @@ class VirtualFunction:
 
     def drop(self) -> None:
         """Zeroise all keys, end all streams, forget the lease."""
-        for opened in self._streams.values():
-            opened.stream.close()
         self._streams.clear()
-        for key in self._keys.values():
-            key.close()
         self._keys.clear()
         if self._chain is not None:
             self._chain.close()
             self._chain = None
+            until = self._lease.expires_at
+            log.info("keys of %s dropped at %.3f, lease until %.3f", self.consumer, self._clock(), until if until is not None else 0.0)
         self._lease.forget()
         self._ended = False
 
@@ -308,7 +293,7 @@ class VirtualFunction:
 
     def _generate(self, request: Request) -> Answer | Work:
         row = _parameters(request, RowRequest)
-        self._check_room(len(self._keys), MAX_KEYS, "keys")
+        self._keys.check_room()
         attributes = _version_attributes(EscrowRow(self.consumer, row.key, row.version, row.attributes, b""))
         chosen = algorithm(attributes.algorithm)
         if chosen.kind is Kind.DIGEST:
@@ -321,33 +306,30 @@ class VirtualFunction:
             work.attributes, algorithm=work.algorithm.name, public_key=engine.public_key(work.algorithm, material)
         )
         row = engine_wrap.wrap(work.chain.wrapping, self.consumer, work.row.key, work.row.version, codec.encode(attributes), material)
-        handle = self._add_key(Key(work.row.key, work.row.version, work.algorithm, material))
+        handle = self._keys.add(Key(work.row.key, work.row.version, work.algorithm, material))
         return Answer(value=handle, parameters=codec.encode(row))
 
     def _load(self, request: Request) -> Answer:
         row = _parameters(request, EscrowRow)
-        self._check_room(len(self._keys), MAX_KEYS, "keys")
+        self._keys.check_room()
         material = engine_wrap.unwrap(self._require_chain().wrapping, self.consumer, row)
         try:
             chosen = algorithm(_version_attributes(row).algorithm)
         except BaseException:
             wipe(material)
             raise
-        return Answer(value=self._add_key(Key(row.key, row.version, chosen, material)))
+        return Answer(value=self._keys.add(Key(row.key, row.version, chosen, material)))
 
     def _unload(self, request: Request) -> Answer:
-        key = self._key(request.handle)
-        for number in [n for n, opened in self._streams.items() if request.handle in opened.handles]:
-            self._take_stream(number).close()
-        del self._keys[request.handle]
-        key.close()
+        self._streams.end_those_of(request.handle)
+        self._keys.remove(request.handle)
         return Answer()
 
     def _seal_attributes(self, request: Request) -> Answer:
         row = _parameters(request, RowRequest)
         if row.version != 0:
             raise Malformed("attributes of a key as a whole are row version 0")
-        _check_attributes(EscrowRow(self.consumer, row.key, row.version, row.attributes, b""))
+        _attributes(EscrowRow(self.consumer, row.key, row.version, row.attributes, b""))
         sealed = engine_wrap.wrap(self._require_chain().wrapping, self.consumer, row.key, 0, row.attributes, bytearray())
         return Answer(parameters=codec.encode(sealed))
 
@@ -357,17 +339,6 @@ class VirtualFunction:
             raise Malformed("attributes of a key as a whole are row version 0")
         wipe(engine_wrap.unwrap(self._require_chain().wrapping, self.consumer, row))
         return Answer()
-
-    def _add_key(self, key: Key) -> int:
-        handle = secrets.randbits(63) or 1
-        self._keys[handle] = key
-        return handle
-
-    def _key(self, handle: int) -> Key:
-        key = self._keys.get(handle)
-        if key is None:
-            raise KeyUnknown("no key of this vCC has that handle")
-        return key
 
     # -- data ----------------------------------------------------------------------------------------------------------
 
@@ -383,9 +354,9 @@ class VirtualFunction:
         wanted = _parameters(request, DataKeyRequest)
         if not 16 <= wanted.length <= 64:
             raise Malformed("a data key has 16 to 64 bytes")
-        key = self._key(request.handle)
+        key = self._keys.get(request.handle)
+        self._keys.count_message(key)
         encryptor = Encryptor(key, wanted.context)
-        self._count_message(key)
         fresh = secrets.token_bytes(wanted.length)
         try:
             data = encryptor.run(fresh)
@@ -397,99 +368,55 @@ class VirtualFunction:
             wipe(fresh)
         return Answer(value=length, data=data)
 
-    def _open(self, request: Request) -> _OpenStream:
+    def _open(self, request: Request) -> tuple[Stream, tuple[int, ...]]:
+        """The stream that a request asks for, and the handles of its keys."""
         wanted = _parameters(request, StreamRequest)
         if wanted.verb is Verb.DIGEST:
-            return _OpenStream(open_stream(wanted, None), ())
-        key = self._key(request.handle)
+            return open_stream(wanted, None), ()
+        key = self._keys.get(request.handle)
         if wanted.verb is Verb.REENCRYPT:
-            target = self._key(wanted.target)
-            stream = open_stream(wanted, key, target)
-            self._count_message(target)
-            return _OpenStream(stream, (request.handle, wanted.target))
-        stream = open_stream(wanted, key)
+            target = self._keys.get(wanted.target)
+            self._keys.count_message(target)
+            return open_stream(wanted, key, target), (request.handle, wanted.target)
         if wanted.verb is Verb.ENCRYPT:
-            self._count_message(key)
-        return _OpenStream(stream, (request.handle,))
+            self._keys.count_message(key)
+        return open_stream(wanted, key), (request.handle,)
 
     def _begin(self, request: Request) -> Answer:
-        self._check_room(len(self._streams), MAX_STREAMS, "streams")
-        opened = self._open(request)
-        number = secrets.randbits(63) or 1
-        self._streams[number] = opened
-        return Answer(value=number, data=opened.stream.first)
+        self._streams.check_room()
+        stream, handles = self._open(request)
+        return Answer(value=self._streams.add(stream, handles), data=stream.first)
 
     def _update(self, request: Request) -> Answer:
-        stream = self._stream(request.handle)
-        try:
-            if isinstance(stream, Signature):
-                held = sum(o.stream.held_bytes for o in self._streams.values() if isinstance(o.stream, Signature))
-                self._check_room(held, MAX_HELD_BYTES, "bytes of messages to sign")
-            return Answer(data=stream.update(request.data))
-        except BaseException:
-            self._take_stream(request.handle).close()
-            raise
+        return Answer(data=self._streams.update(request.handle, request.data))
 
     def _finish(self, request: Request) -> Answer:
-        stream = self._take_stream(request.handle)
-        try:
-            return Answer(data=stream.finish(request.data))
-        finally:
-            stream.close()
+        return Answer(data=self._streams.finish(request.handle, request.data))
 
     def _abort(self, request: Request) -> Answer:
-        self._take_stream(request.handle).close()
+        self._streams.abort(request.handle)
         return Answer()
 
     def _run(self, request: Request) -> Answer:
-        stream = self._open(request).stream
+        stream, _ = self._open(request)
         try:
             return Answer(data=stream.run(request.data))
         finally:
             stream.close()
-
-    def _stream(self, number: int) -> Stream:
-        found = self._streams.get(number)
-        if found is None:
-            raise OutOfOrder("no stream of this vCC has that number", "begin one first")
-        return found.stream
-
-    def _take_stream(self, number: int) -> Stream:
-        stream = self._stream(number)
-        del self._streams[number]
-        return stream
-
-    def _count_message(self, key: Key) -> None:
-        name = (key.id, key.version)
-        count = self._messages.get(name, 0)
-        if count >= MAX_MESSAGES:
-            raise KeyExhausted(f"version {key.version} of key {key.id} has encrypted {MAX_MESSAGES} messages")
-        if count == 0 and len(self._messages) >= MAX_COUNTED_KEYS:
-            del self._messages[next(iter(self._messages))]
-        self._messages[name] = count + 1
-
-    @staticmethod
-    def _check_room(used: int, limit: int, what: str) -> None:
-        if used >= limit:
-            raise LimitReached(f"a vCC holds at most {limit} {what}")
 
 
 def _parameters(request: Request, kind: type[T]) -> T:
     return codec.decode(request.parameters, kind, what="the operation's parameters")
 
 
-def _check_attributes(row: EscrowRow) -> None:
+def _attributes(row: EscrowRow) -> KeyAttributes | VersionAttributes:
     if len(row.attributes) > MAX_ATTRIBUTE_BYTES:
         raise TooLarge(f"attributes have at most {MAX_ATTRIBUTE_BYTES} bytes")
-    decode_attributes(row)
+    return decode_attributes(row)
 
 
 def _version_attributes(row: EscrowRow) -> VersionAttributes:
-    if not 1 <= row.version < 2**32:
-        raise Malformed("key material has a version of 1 or more")
-    if len(row.attributes) > MAX_ATTRIBUTE_BYTES:
-        raise TooLarge(f"attributes have at most {MAX_ATTRIBUTE_BYTES} bytes")
-    attributes = decode_attributes(row)
-    if not isinstance(attributes, VersionAttributes):
-        raise Malformed("these are not attributes of a key version")
+    attributes = _attributes(row)
+    if not 1 <= row.version < 2**32 or not isinstance(attributes, VersionAttributes):
+        raise Malformed("key material has a version of 1 or more, and the attributes of one version")
     return attributes

@@ -114,6 +114,11 @@ class Signature(_Hashing):
         self._hash = None if isinstance(key.private, ed25519.Ed25519PrivateKey) else engine.digest(key.algorithm.digest)
 
     @property
+    def holds(self) -> bool:
+        """Whether the message is held whole until FINISH."""
+        return self._hash is None
+
+    @property
     def held_bytes(self) -> int:
         """How much of the message is held in the card's memory."""
         return len(self._whole)

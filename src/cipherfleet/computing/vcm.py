@@ -136,6 +136,7 @@ class Vcm:
             server, listening = self._doors
             with suppress(OSError):
                 listening.shutdown(socket.SHUT_RDWR)  # whoever else holds it: nobody is let in any more
+            server.stop_listening()
             server.close_connections()
 
     def _require_serving(self) -> None:

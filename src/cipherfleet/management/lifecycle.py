@@ -145,8 +145,9 @@ class Lifecycle:
         """At the start: creations that were under way when the platform ended are marked, for the ring to undo; how many."""
         interrupted = [v for v in await self._modules.store.vcms() if v.state in BUILDING_STATES]
         for vcm in interrupted:
-            done = len(await self._modules.store.trace(vcm.id))
-            if done < len(CREATION):
+            trace = await self._modules.store.trace(vcm.id)
+            done = len(trace)
+            if done < len(CREATION) and not (trace and trace[-1].error):
                 step = CREATION[done]
                 entry = TraceEntry(Process.CREATE, step.number, step.actor, step.action, vcm.changed_at, 0.0, ManagementUnavailable.code)
                 await self._modules.store.add_trace(vcm.id, entry)

@@ -61,7 +61,7 @@ class Link:
             finally:
                 self._frames = None
             if self._leaving:
-                return await asyncio.get_running_loop().create_future()
+                await asyncio.get_running_loop().create_future()  # until we are cancelled
             self._lost(why)
             if time.monotonic() - connected > LONGEST_DELAY_S:
                 delay = FIRST_DELAY_S

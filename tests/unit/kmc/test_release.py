@@ -277,7 +277,7 @@ async def test_a_forged_lease_is_refused(world: World) -> None:
     forgeries = [
         await signing.sign(statement, other),
         structs.replace(good, signatures=()),
-        structs.replace(good, payload=good.payload.replace(b"1000", b"6000")),
+        structs.replace(good, payload=good.payload.replace(b"6000", b"5999")),
         structs.replace(good, kind=IdentityRequest.KIND),
         await signing.countersign(good, other),
         await signing.sign(IdentityRequest(alice.name, nonce, Purpose.BUILD_VCM), alice.signer),

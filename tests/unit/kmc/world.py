@@ -224,8 +224,14 @@ class TestConsumer:
         request = ApplicationRequest(statement, make_request(key, Identity(Role.APPLICATION, name, self.name)))
         return await self.terminal().call("POST", "/v1/applications", request, reply=Chain)
 
-    async def lease(self, vcm: "TestVcm", nonce: bytes, **changes: Any) -> LeaseSigned:
-        values = {"consumer": self.name, "card": vcm.card, "vcm": vcm.id, "nonce": nonce, "duration_ms": 1000}
+    async def lease(self, vcm: "TestVcm", nonce: bytes, /, **changes: Any) -> LeaseSigned:
+        values = {
+            "consumer": self.name,
+            "card": vcm.card,
+            "vcm": vcm.id,
+            "nonce": nonce,
+            "duration_ms": round(self.world.settings.lease_s * 1000),
+        }
         return LeaseSigned(await signing.sign(LeaseStatement(**{**values, **changes}), self.signer))
 
 

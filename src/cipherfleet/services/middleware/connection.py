@@ -287,9 +287,7 @@ class Connection:
         for failure in failures:
             if not isinstance(failure, ServiceOff):
                 return failure
-        if len(failures) == 1:
-            return failures[0]
-        return ServiceOff(f"no VCM of {self.profile.consumer} answers, {len(failures)} addresses were tried")
+        return ServiceOff(f"no VCM of {self.profile.consumer} answers at any of its {len(self.endpoints.all)} addresses")
 
     async def _reason(self, name: str) -> CipherfleetError | None:
         """Why the VCM broke off the answer to the request called ``name``, if it can say."""

@@ -51,34 +51,40 @@ class Endpoints:
             self.good = None
 
     async def choose(self, but: Collection[str]) -> str | None:
-        """The good endpoint, else the first that takes a connection, else any; ``None`` when all are in ``but``."""
+        """The good endpoint, else the first that takes a connection; ``None`` when no other than those in ``but`` does.
+
+        The very first is given even when nobody takes connections, so that there is a reason to tell.
+        """
         if self.good is not None and self.good not in but:
             return self.good
         left = [e for e in self.all if e not in but]
         if len(left) <= 1:
             return left[0] if left else None
-        return await _first_open(left) or left[0]
+        return await _first_open(left) or (None if but else left[0])
 
 
 async def _first_open(endpoints: list[str]) -> str | None:
-    """The first to take a TCP connection; each gets a little head start on the next, and a second in all."""
-    tasks = [asyncio.create_task(_open(endpoint, index * _STAGGER_S)) for index, endpoint in enumerate(endpoints)]
+    """The first to take a TCP connection; the next is tried when one is refused, or has not answered for a little while."""
+    waiting, pending = list(endpoints), set[asyncio.Task[str | None]]()
     try:
-        for finished in asyncio.as_completed(tasks):
-            found = await finished
-            if found is not None:
-                return found
+        while waiting or pending:
+            if waiting:
+                pending.add(asyncio.create_task(_open(waiting.pop(0))))
+            patience = _STAGGER_S if waiting else None
+            done, pending = await asyncio.wait(pending, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if found := task.result():
+                    return found
         return None
     finally:
-        for task in tasks:
+        for task in pending:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*pending, return_exceptions=True)
 
 
-async def _open(endpoint: str, delay: float) -> str | None:
+async def _open(endpoint: str) -> str | None:
     parts = urlsplit(endpoint)
     try:
-        await asyncio.sleep(delay)
         async with asyncio.timeout(CONNECT_S):
             _, writer = await asyncio.open_connection(parts.hostname, parts.port)
     except (OSError, TimeoutError):

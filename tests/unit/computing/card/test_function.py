@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from cipherfleet.channel import codec
 from cipherfleet.channel.certificates import public_key_der
-from cipherfleet.computing import card_function
+from cipherfleet.computing import card_tables
 from cipherfleet.computing.card_function import Work
 from cipherfleet.computing.engine_memory import wipe
 from cipherfleet.computing.engine_wrap import TransportKeys
@@ -185,7 +185,7 @@ def test_confirmation_by_hand(function: Function) -> None:
 def test_drop_zeroises(function: Function) -> None:
     handles = [function.generate(name)[0] for name in ("AES-256-GCM", "HMAC-SHA-256", "Ed25519")]
     function.do(Operation.BEGIN, StreamRequest(Verb.ENCRYPT), handle=handles[0])
-    keys = [function.inner._keys[h] for h in handles]
+    keys = [function.inner._keys.get(h) for h in handles]
     secrets_ = [k.secret for k in keys[:2]]
     chain = function.inner._chain
     assert chain is not None
@@ -194,7 +194,7 @@ def test_drop_zeroises(function: Function) -> None:
     assert not any(any(s) for s in secrets_)
     assert not any(chain.wrapping + chain.confirm)
     assert all(k.private is None and not k.secret for k in keys)
-    assert not function.inner._streams
+    assert len(function.inner._streams) == 0
     with pytest.raises(ServiceOff):
         function.do(Operation.RANDOM, RandomRequest(1))
     function.do(Operation.DROP)
@@ -345,7 +345,7 @@ def test_what_cannot_be_generated(function: Function) -> None:
 
 
 def test_the_number_of_keys_has_an_end(function: Function, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card_function, "MAX_KEYS", 2)
+    monkeypatch.setattr(card_tables, "MAX_KEYS", 2)
     _, row = function.generate()
     handle, _ = function.generate()
     with pytest.raises(LimitReached):
@@ -429,18 +429,21 @@ def test_streams_have_an_end(function: Function) -> None:
 
 
 def test_held_messages_have_an_end(function: Function, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card_function, "MAX_HELD_BYTES", 3_000_000)
+    monkeypatch.setattr(card_tables, "MAX_HELD_BYTES", 3 * 1024 * 1024)
     handle, _ = function.generate("Ed25519")
     streams = [function.do(Operation.BEGIN, StreamRequest(Verb.SIGN), handle=handle).value for _ in range(4)]
     for stream in streams[:3]:
         function.do(Operation.UPDATE, handle=stream, data=bytes(1024 * 1024))
     with pytest.raises(LimitReached):
         function.do(Operation.UPDATE, handle=streams[3], data=b"x")
+    hashing, _ = function.generate("ECDSA-P-256")
+    other = function.do(Operation.BEGIN, StreamRequest(Verb.SIGN), handle=hashing).value
+    function.do(Operation.UPDATE, handle=other, data=bytes(4 * 1024 * 1024))
     assert len(function.do(Operation.FINISH, handle=streams[0]).data) == 64
 
 
 def test_messages_of_a_key_version_are_counted(function: Function, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card_function, "MAX_MESSAGES", 3)
+    monkeypatch.setattr(card_tables, "MAX_MESSAGES", 3)
     handle, row = function.generate()
     source, _ = function.generate()
     ciphertext = function.run(StreamRequest(Verb.ENCRYPT), b"1", handle=source)
@@ -462,11 +465,11 @@ def test_messages_of_a_key_version_are_counted(function: Function, monkeypatch: 
 
 
 def test_the_counters_take_bounded_memory(function: Function, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card_function, "MAX_COUNTED_KEYS", 2)
+    monkeypatch.setattr(card_tables, "MAX_COUNTED_KEYS", 2)
     for _ in range(4):
         handle, _ = function.generate()
         function.run(StreamRequest(Verb.ENCRYPT), b"", handle=handle)
-    assert len(function.inner._messages) == 2
+    assert len(function.inner._keys._messages) == 2
 
 
 @pytest.mark.parametrize("length", [16, 32, 64])

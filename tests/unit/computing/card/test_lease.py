@@ -184,7 +184,7 @@ def test_expiry_takes_the_keys_and_a_later_lease_does_not_bring_them_back() -> N
     function = Function()
     handle, _ = function.generate()
     chain = function.inner._chain
-    key = function.inner._keys[handle]
+    key = function.inner._keys.get(handle)
     secret = key.secret
     assert chain is not None
     assert any(secret)

@@ -14,6 +14,8 @@ import msgspec
 import psutil
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from cipherfleet.channel import codec
 from cipherfleet.channel.process import running
@@ -22,14 +24,16 @@ from cipherfleet.computing.card import Card
 from cipherfleet.computing.card_confinement import Protection
 from cipherfleet.computing.card_control import Attach, CardConfig, ControlChannel, Detach, FromCard, StatusWanted
 from cipherfleet.computing.card_handle import CardHandle
+from cipherfleet.computing.engine_wrap import combine, unwrap
 from cipherfleet.computing.vcc_socket import SocketCard
 from cipherfleet.contract.errors import CardUnavailable, CertificateInvalid, Exists, TimedOut
+from cipherfleet.contract.escrow import EscrowRow, VersionAttributes
 from cipherfleet.contract.identities import Identity, Role
-from cipherfleet.contract.ids import CardId, ConsumerId, MachineId, VcmId
+from cipherfleet.contract.ids import CardId, ConsumerId, MachineId, VcmId, new_key_id
 from cipherfleet.contract.kmc_api import CardReply
 from cipherfleet.contract.messages import Chain
 from cipherfleet.contract.settings import Settings
-from cipherfleet.contract.vcc import CardDescription, Operation, RandomRequest
+from cipherfleet.contract.vcc import CardDescription, Operation, RandomRequest, RowRequest, StreamRequest, Verb
 from tests.pki import Authority
 from tests.unit.computing.card.consumer import KMC_SPKI, Consumer
 
@@ -55,6 +59,16 @@ def certificate_for(handle: CardHandle, card: CardId | None = None) -> CardReply
     return CardReply(Chain(chain, root.pem), KMC_SPKI)
 
 
+async def serve(client: SocketCard, consumer: Consumer, handle: CardHandle) -> None:
+    """step f, with the terminal's and the KMC's part played here."""
+    rsa_public = x509.load_der_x509_csr(handle.csr).public_key()
+    delivery = consumer.delivery(consumer.share(handle.id, VCM), rsa_public=rsa_public, hpke_public=handle.hpke_public_key)  # type: ignore[arg-type]
+    await client.submit(Operation.LOAD_CMK, parameters=codec.encode(delivery))
+    nonce = (await client.submit(Operation.LEASE_NONCE)).data
+    lease = consumer.lease(nonce, 60_000, card=handle.id, vcm=VCM)
+    await client.submit(Operation.LEASE, parameters=codec.encode(lease))
+
+
 async def test_service_over_a_real_process(handle: CardHandle, tmp_path: Path) -> None:
     assert [(e.role, e.id, e.pid) for e in running(tmp_path / "run")] == [("card", handle.id, handle.pid)]
     assert len(handle.hpke_public_key) == 1184 + 32
@@ -66,12 +80,7 @@ async def test_service_over_a_real_process(handle: CardHandle, tmp_path: Path) -
     await client.start()
     described = msgspec.json.decode((await client.submit(Operation.DESCRIBE)).parameters, type=CardDescription)
     assert (described.card, described.vcm, described.consumer, described.loaded) == (handle.id, VCM, consumer.name, False)
-    rsa_public = x509.load_der_x509_csr(handle.csr).public_key()
-    delivery = consumer.delivery(consumer.share(handle.id, VCM), rsa_public=rsa_public, hpke_public=handle.hpke_public_key)  # type: ignore[arg-type]
-    await client.submit(Operation.LOAD_CMK, parameters=codec.encode(delivery))
-    nonce = (await client.submit(Operation.LEASE_NONCE)).data
-    lease = consumer.lease(nonce, 60_000, card=handle.id, vcm=VCM)
-    await client.submit(Operation.LEASE, parameters=codec.encode(lease))
+    await serve(client, consumer, handle)
     assert len((await client.submit(Operation.RANDOM, parameters=codec.encode(RandomRequest(99)))).data) == 99
     with pytest.raises(Exists):
         await handle.attach(VCM, consumer.name)
@@ -83,6 +92,53 @@ async def test_service_over_a_real_process(handle: CardHandle, tmp_path: Path) -
         await client.submit(Operation.NULL)
     await handle.detach(VCM)
     assert (await handle.status()).report.vccs == 0
+    await client.close()
+
+
+def found_in_memory(pid: int, needles: dict[str, bytes]) -> set[str]:
+    """Which needles stand somewhere in a process's memory (/proc/PID/mem)."""
+    found: set[str] = set()
+    with Path(f"/proc/{pid}/mem").open("rb", 0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            area, rights = line.split()[:2]
+            start, end = (int(part, 16) for part in area.split("-"))
+            if not rights.startswith("rw"):
+                continue
+            with suppress(OSError):
+                memory.seek(start)
+                content = memory.read(end - start)
+                found |= {name for name, needle in needles.items() if needle in content}
+    return found
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to read the memory of another process")
+async def test_dropped_keys_are_nowhere_in_the_cards_memory(handle: CardHandle) -> None:
+    await handle.certify(certificate_for(handle))
+    consumer = Consumer()
+    client = SocketCard(await handle.attach(VCM, consumer.name))
+    await client.start()
+    await serve(client, consumer, handle)
+    wrapping = combine(bytearray(consumer.hsm_share), bytearray(consumer.ukey_share), consumer.name)
+    shares = {"HSM share": consumer.hsm_share, "Ukey share": consumer.ukey_share}
+    keys = {"wrapping key": bytes(wrapping)}
+    for name in ("AES-256-GCM", "SM4-GCM", "HMAC-SHA-256", "Ed25519", "RSA-3072-PSS"):
+        request = RowRequest(new_key_id(), 1, codec.encode(VersionAttributes(name, 1.0)))
+        done = await client.submit(Operation.GENERATE, parameters=codec.encode(request))
+        material = bytes(unwrap(wrapping, consumer.name, msgspec.json.decode(done.parameters, type=EscrowRow)))
+        if name == "RSA-3072-PSS":
+            private = serialization.load_der_private_key(material, None)
+            assert isinstance(private, rsa.RSAPrivateKey)
+            prime = private.private_numbers().p
+            shares["RSA prime in a file's form"] = prime.to_bytes(192, "big")
+            keys["RSA prime"] = prime.to_bytes(192, sys.byteorder)
+        else:
+            keys[name] = material[-32:]
+        verb = {"AES-256-GCM": Verb.ENCRYPT, "SM4-GCM": Verb.ENCRYPT, "HMAC-SHA-256": Verb.MAC}.get(name, Verb.SIGN)
+        await client.submit(Operation.RUN, handle=done.value, parameters=codec.encode(StreamRequest(verb)), data=bytes(100_000))
+    assert found_in_memory(handle.pid, keys | shares) == set(keys)
+    await client.submit(Operation.DROP)
+    assert found_in_memory(handle.pid, keys | shares) == set()
     await client.close()
 
 

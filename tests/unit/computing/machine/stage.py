@@ -49,9 +49,7 @@ class CardOfTests:
         self.card = Card(MachineId("m1")) if clock is None else Card(MachineId("m1"), clock)
         transport = self.card.transport
         key = transport.rsa.public_key()
-        chain = kmc.platform.certify(
-            Identity(Role.CARD, self.card.id), key, addresses=(), hpke_public_key=transport.hpke_public_key
-        )
+        chain = kmc.platform.certify(Identity(Role.CARD, self.card.id), key, addresses=(), hpke_public_key=transport.hpke_public_key)
         self.card.certify(CardReply(Chain(chain, kmc.root.pem), kmc.signing_key))
         kmc.cards[self.card.id] = chain, transport.hpke_public_key
         self.server = CardServer(self.card)
@@ -129,7 +127,9 @@ def mount(server: Server, host: VcmHost) -> None:
 
 
 @asynccontextmanager
-async def vcm_of(kmc: FakeKmc, folder: Path, consumer: str = "acme", *, refuse: ErrorBody | None = None, **settings: object) -> AsyncIterator[RunningVcm]:
+async def vcm_of(
+    kmc: FakeKmc, folder: Path, consumer: str = "acme", *, refuse: ErrorBody | None = None, **settings: object
+) -> AsyncIterator[RunningVcm]:
     """A VCM that has started; it is stopped at the end."""
     id_, owner, card = new_vcm_id(), kmc.consumer(consumer), CardOfTests(kmc)
     async with AsyncExitStack() as stack:

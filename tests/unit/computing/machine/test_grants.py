@@ -1,0 +1,189 @@
+"""Who may do what: statements that the Ukey signed, checked by a real card."""
+
+import time
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+
+from cipherfleet.channel.certificates import new_key
+from cipherfleet.computing.vcc_socket import SocketCard
+from cipherfleet.computing.vcm_escrow import Escrow
+from cipherfleet.computing.vcm_grants import Grants, Logins
+from cipherfleet.contract.errors import (
+    ApplicationRevoked,
+    ApplicationUnknown,
+    ForeignConsumer,
+    LoginRefused,
+    NotPermitted,
+    ServiceOff,
+    StatementExpired,
+    StatementForged,
+    StatementReplayed,
+)
+from cipherfleet.contract.escrow import Seen
+from cipherfleet.contract.identities import Identity, Role
+from cipherfleet.contract.ids import ApplicationName, VcmId, new_vcm_id
+from cipherfleet.contract.statements import ApplicationStatement, Right
+from tests.unit.computing.machine.fake_kmc import EPOCH, FakeConsumer, FakeKmc, other_key, peer, signed
+from tests.unit.computing.machine.stage import CardOfTests
+
+
+class Doorkeeper:
+    """A VCM's grants and logins, with the card behind them."""
+
+    def __init__(self, kmc: FakeKmc, consumer: FakeConsumer, vcm: VcmId, card: SocketCard) -> None:
+        self.consumer, self.vcm = consumer, vcm
+        self.now = time.time()
+        self.escrow = Escrow(consumer.name, consumer, kmc.signing_key)
+        self.grants = Grants(consumer.name, self.escrow, card, lambda: self.now)
+        self.logins = Logins(vcm, consumer.name, card)
+
+    async def load(self) -> None:
+        await self.escrow.load(Seen(EPOCH, len(self.consumer.log), self.consumer.head()))
+
+
+@pytest.fixture
+async def door() -> AsyncIterator[Doorkeeper]:
+    kmc = FakeKmc()
+    consumer, vcm, card = kmc.consumer("acme"), new_vcm_id(), CardOfTests(kmc)
+    vcc = await card.vcc(vcm, consumer, kmc)
+    made = Doorkeeper(kmc, consumer, vcm, vcc)
+    await made.load()
+    yield made
+    await vcc.close()
+    card.server.close()
+
+
+async def test_a_right_that_was_granted_may_be_used_and_no_other(door: Doorkeeper) -> None:
+    billing = peer(door.consumer.application("billing", (Right.ENCRYPT,)))
+    await door.grants.authorise(billing, Right.ENCRYPT)
+    with pytest.raises(NotPermitted):
+        await door.grants.authorise(billing, Right.DECRYPT)
+    door.consumer.calls.clear()
+    await door.grants.authorise(billing, Right.ENCRYPT)
+    assert door.consumer.calls == []
+
+
+async def test_nothing_is_granted_before_the_escrow_is_loaded(door: Doorkeeper) -> None:
+    door.escrow.seen = None
+    with pytest.raises(ServiceOff):
+        await door.grants.authorise(peer(door.consumer.application("billing")), Right.SHOW)
+
+
+async def test_a_certificate_alone_is_worth_nothing(door: Doorkeeper) -> None:
+    certified = door.consumer.domain.credentials(Identity(Role.APPLICATION, "rogue", door.consumer.name))
+    with pytest.raises(ApplicationUnknown):
+        await door.grants.authorise(peer(certified), Right.SHOW)
+
+
+async def test_another_key_under_a_granted_name_is_refused(door: Doorkeeper) -> None:
+    billing = door.consumer.application("billing")
+    await door.grants.authorise(peer(billing), Right.SHOW)
+    with pytest.raises(ApplicationUnknown):
+        await door.grants.authorise(peer(other_key(billing, door.consumer.domain)), Right.SHOW)
+
+
+async def test_signed_in_anew_the_new_key_counts_at_once(door: Doorkeeper) -> None:
+    old = door.consumer.application("billing")
+    await door.grants.authorise(peer(old), Right.SHOW)
+    new = door.consumer.application("billing", (Right.SHOW,))
+    await door.grants.authorise(peer(new), Right.SHOW)
+    with pytest.raises(ApplicationUnknown):
+        await door.grants.authorise(peer(old), Right.SHOW)
+
+
+async def test_signed_out_is_out(door: Doorkeeper) -> None:
+    billing = peer(door.consumer.application("billing"))
+    await door.grants.authorise(billing, Right.SHOW)
+    door.consumer.keep("billing", door.consumer.statement("billing", billing.public_key_sha256, revoked=True))
+    await door.escrow.refresh()
+    with pytest.raises(ApplicationRevoked):
+        await door.grants.authorise(billing, Right.SHOW)
+
+
+async def test_a_statement_ends_with_its_time(door: Doorkeeper) -> None:
+    billing = peer(door.consumer.application("billing"))
+    await door.grants.authorise(billing, Right.SHOW)
+    door.now += 3601
+    with pytest.raises(StatementExpired):
+        await door.grants.authorise(billing, Right.SHOW)
+
+
+async def test_a_statement_that_the_operator_made_is_forged(door: Doorkeeper) -> None:
+    rogue = door.consumer.domain.credentials(Identity(Role.APPLICATION, "rogue", door.consumer.name))
+    door.consumer.keep("rogue", door.consumer.statement("rogue", peer(rogue).public_key_sha256, key=new_key()))
+    with pytest.raises(StatementForged):
+        await door.grants.authorise(peer(rogue), Right.SHOW)
+
+
+async def test_a_statement_kept_under_another_name_is_refused(door: Doorkeeper) -> None:
+    rogue = door.consumer.domain.credentials(Identity(Role.APPLICATION, "rogue", door.consumer.name))
+    door.consumer.keep("rogue", door.consumer.statement("billing", peer(rogue).public_key_sha256))
+    with pytest.raises(ApplicationUnknown):
+        await door.grants.authorise(peer(rogue), Right.SHOW)
+
+
+async def test_a_login_is_no_grant(door: Doorkeeper) -> None:
+    rogue = door.consumer.domain.credentials(Identity(Role.APPLICATION, "rogue", door.consumer.name))
+    door.consumer.keep("rogue", door.consumer.login(door.vcm))
+    with pytest.raises(Exception, match="application"):
+        await door.grants.authorise(peer(rogue), Right.SHOW)
+
+
+async def test_an_older_statement_in_a_new_envelope_is_a_replay(door: Doorkeeper) -> None:
+    billing = peer(door.consumer.application("billing", (Right.SHOW,)))
+    await door.grants.authorise(billing, Right.SHOW)
+    old = ApplicationStatement(
+        door.consumer.name, ApplicationName("billing"), billing.public_key_sha256, tuple(Right), int(time.time()) + 99, 0
+    )
+    door.consumer.keep("billing", signed(old, door.consumer.ukey))
+    await door.escrow.refresh()
+    with pytest.raises(StatementReplayed):
+        await door.grants.authorise(billing, Right.DECRYPT)
+
+
+async def test_other_consumers_and_other_roles_are_not_let_in(door: Doorkeeper) -> None:
+    billing = peer(door.consumer.application("billing"))
+    foreign = msgspec.structs.replace(billing, identity=msgspec.structs.replace(billing.identity, consumer="rival"))
+    with pytest.raises(ForeignConsumer):
+        await door.grants.authorise(foreign, Right.SHOW)
+    with pytest.raises(NotPermitted):
+        await door.grants.authorise(peer(door.consumer.terminal()), Right.SHOW)
+
+
+# -- logins ------------------------------------------------------------------------------------------------------------
+
+
+async def test_the_card_confirms_a_login_once(door: Doorkeeper) -> None:
+    terminal, login = peer(door.consumer.terminal()), door.consumer.login(door.vcm)
+    assert len(await door.logins.login(terminal, login)) == 32
+    with pytest.raises(StatementReplayed):
+        await door.logins.login(terminal, login)
+    await door.logins.login(terminal, door.consumer.login(door.vcm))
+
+
+async def test_logins_of_others_elsewhere_or_without_a_nonce_are_refused(door: Doorkeeper) -> None:
+    terminal, consumer = peer(door.consumer.terminal()), door.consumer
+    with pytest.raises(LoginRefused):
+        await door.logins.login(peer(consumer.application("billing")), consumer.login(door.vcm))
+    with pytest.raises(LoginRefused):
+        await door.logins.login(terminal, consumer.login(new_vcm_id()))
+    with pytest.raises(LoginRefused):
+        await door.logins.login(terminal, consumer.login(door.vcm, b"short"))
+    with pytest.raises(LoginRefused):
+        await door.logins.login(terminal, consumer.statement("billing", b"x" * 32))
+
+
+async def test_a_login_that_the_ukey_did_not_sign_is_forged(door: Doorkeeper) -> None:
+    forged = msgspec.structs.replace(door.consumer.login(door.vcm), signatures=())
+    with pytest.raises(StatementForged):
+        await door.logins.login(peer(door.consumer.terminal()), forged)
+
+
+async def test_logins_are_counted(door: Doorkeeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cipherfleet.computing.vcm_grants.MAX_LOGINS", 1)
+    terminal = peer(door.consumer.terminal())
+    await door.logins.login(terminal, door.consumer.login(door.vcm))
+    with pytest.raises(LoginRefused):
+        await door.logins.login(terminal, door.consumer.login(door.vcm))

@@ -1,0 +1,420 @@
+"""The consumer's keys in a VCM: a real card, and an escrow that can be told to misbehave."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+import pytest
+
+from cipherfleet.channel import codec
+from cipherfleet.channel.certificates import new_key
+from cipherfleet.computing.vcc_socket import SocketCard
+from cipherfleet.computing.vcm_escrow import Escrow
+from cipherfleet.computing.vcm_keys import Keys
+from cipherfleet.contract.errors import (
+    AlgorithmUnknown,
+    CheckpointForged,
+    CipherfleetError,
+    EscrowRolledBack,
+    EscrowRowForeign,
+    EscrowRowTampered,
+    KeyDeleted,
+    KeyDisabled,
+    KeyUnknown,
+    KmcUnavailable,
+    ServiceOff,
+    StateConflict,
+    WrongKeyType,
+)
+from cipherfleet.contract.escrow import EscrowView, KeyAttributes, KeyState, Seen, row_digest
+from cipherfleet.contract.ids import KeyId, VcmId, new_key_id, new_vcm_id
+from cipherfleet.contract.kmc_api import EscrowReceipt
+from cipherfleet.contract.statements import CheckpointStatement
+from cipherfleet.contract.vcc import Operation, StreamRequest, Verb
+from cipherfleet.contract.vcm import KeyStore
+from tests.unit.computing.machine.fake_kmc import EPOCH, FakeConsumer, FakeKmc, signed
+from tests.unit.computing.machine.stage import CardOfTests
+
+T = TypeVar("T")
+
+
+@dataclass
+class Store:
+    """One VCM's store, and all around it."""
+
+    consumer: FakeConsumer
+    card: SocketCard
+    escrow: Escrow
+    keys: Keys
+
+    async def encrypt(self, key: KeyId, data: bytes) -> bytes:
+        use = await self.keys.use(key)
+        request = codec.encode(StreamRequest(Verb.ENCRYPT))
+        return (await self.card.submit(Operation.RUN, handle=use.handle, parameters=request, data=data)).data
+
+    async def decrypt(self, key: KeyId, version: int, ciphertext: bytes) -> bytes:
+        use = await self.keys.use(key, version=version)
+        request = codec.encode(StreamRequest(Verb.DECRYPT, header=ciphertext[:62]))
+        return (await self.card.submit(Operation.RUN, handle=use.handle, parameters=request, data=ciphertext[62:])).data
+
+
+class World:
+    """One consumer with a card; ``store`` gives one more VCM of it."""
+
+    def __init__(self) -> None:
+        self.kmc = FakeKmc()
+        self.consumer = self.kmc.consumer("acme")
+        self.card = CardOfTests(self.kmc)
+        self.vccs: list[SocketCard] = []
+
+    async def vcc(self, vcm: VcmId | None = None) -> SocketCard:
+        self.vccs.append(await self.card.vcc(vcm or new_vcm_id(), self.consumer, self.kmc))
+        return self.vccs[-1]
+
+    async def store(self, *, load: bool = True) -> Store:
+        vcc = await self.vcc()
+        escrow = Escrow(self.consumer.name, self.consumer, self.kmc.signing_key)
+        if load:
+            await escrow.load(Seen(EPOCH, len(self.consumer.log), self.consumer.head()))
+        return Store(self.consumer, vcc, escrow, Keys(escrow, vcc))
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    made = World()
+    yield made
+    for vcc in made.vccs:
+        await vcc.close()
+    made.card.server.close()
+
+
+@pytest.fixture
+async def store(world: World) -> Store:
+    return await world.store()
+
+
+def test_it_is_a_key_store(store: Store) -> None:
+    port: KeyStore = store.keys
+    assert port is store.keys
+
+
+async def test_a_created_key_is_in_the_escrow_when_it_is_acknowledged(store: Store) -> None:
+    made = await store.keys.create("aes-256-gcm", label="files", actor="application/billing")
+    assert (made.algorithm, made.version, made.state, made.label, made.created_by) == (
+        "AES-256-GCM",
+        1,
+        "enabled",
+        "files",
+        "application/billing",
+    )
+    assert made.versions == (1,)
+    assert made.uses == ("encrypt",)
+    assert set(store.consumer.rows) == {(made.id, 0), (made.id, 1)}
+    assert store.escrow.seen == Seen(EPOCH, 2, store.consumer.head())
+    assert await store.decrypt(made.id, 1, await store.encrypt(made.id, b"hello")) == b"hello"
+    assert await store.keys.describe(made.id) == made
+    assert list(await store.keys.list_keys()) == [made]
+
+
+async def test_a_signature_keys_public_key_is_shown(store: Store) -> None:
+    made = await store.keys.create("Ed25519", label="", actor="a")
+    assert len(made.public_key) == 44  # RFC 8410: 12 bytes of header, 32 of key
+    store.keys._handles.clear()
+    assert (await store.keys.describe(made.id)).public_key == made.public_key
+
+
+@pytest.mark.parametrize(("name", "error"), [("ROT13", AlgorithmUnknown), ("SHA-256", WrongKeyType)])
+async def test_what_is_no_kind_of_key_is_refused(store: Store, name: str, error: type[CipherfleetError]) -> None:
+    with pytest.raises(error):
+        await store.keys.create(name, label="", actor="a")
+    assert not store.consumer.rows
+
+
+async def test_before_the_escrow_is_loaded_there_is_no_service(world: World) -> None:
+    store = await world.store(load=False)
+    for work in (store.keys.create("AES-256-GCM", label="", actor="a"), store.keys.use(new_key_id()), store.keys.list_keys()):
+        with pytest.raises(ServiceOff):
+            await work
+
+
+async def test_a_key_that_the_escrow_did_not_take_is_not_there(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def unreachable(*_: object, **__: object) -> object:
+        raise KmcUnavailable("gone")
+
+    before = (await describe(store)).keys
+    with monkeypatch.context() as patch:
+        patch.setattr(store.consumer, "call", unreachable)
+        with pytest.raises(KmcUnavailable):
+            await store.keys.create("AES-256-GCM", label="", actor="a")
+    assert await store.keys.list_keys() == []
+    assert (await describe(store)).keys == before
+
+
+async def describe(store: Store) -> "Description":
+    done = await store.card.submit(Operation.DESCRIBE)
+    return codec.decode(done.parameters, Description)
+
+
+class Description(msgspec.Struct):
+    keys: int
+
+
+async def test_rotation_keeps_the_old_version_decrypting(store: Store) -> None:
+    made = await store.keys.create("AES-256-GCM", label="", actor="a")
+    old = await store.encrypt(made.id, b"old")
+    rotated = await store.keys.rotate(made.id, actor="a")
+    assert (rotated.version, rotated.versions) == (2, (1, 2))
+    new = await store.encrypt(made.id, b"new")
+    assert await store.decrypt(made.id, 1, old) == b"old"
+    assert await store.decrypt(made.id, 2, new) == b"new"
+    for version in (0, 3, -1):
+        with pytest.raises(KeyUnknown):
+            await store.keys.use(made.id, version=version)
+
+
+async def test_a_disabled_key_refuses_everything_and_comes_back(store: Store) -> None:
+    made = await store.keys.create("AES-256-GCM", label="", actor="a")
+    assert (await store.keys.set_state(made.id, KeyState.DISABLED, actor="a")).state == "disabled"
+    with pytest.raises(KeyDisabled):
+        await store.keys.use(made.id)
+    with pytest.raises(KeyDisabled):
+        await store.keys.rotate(made.id, actor="a")
+    written = len(store.consumer.log)
+    await store.keys.set_state(made.id, KeyState.DISABLED, actor="a")
+    assert len(store.consumer.log) == written
+    await store.keys.set_state(made.id, KeyState.ENABLED, actor="a")
+    assert (await store.keys.use(made.id)).version == 1
+
+
+async def test_a_deleted_key_stays_deleted_and_leaves_the_card(store: Store) -> None:
+    made = await store.keys.create("Ed25519", label="", actor="a")
+    await store.keys.rotate(made.id, actor="a")
+    loaded = (await describe(store)).keys
+    gone = await store.keys.set_state(made.id, KeyState.DELETED, actor="a")
+    assert (gone.state, gone.public_key) == ("deleted", b"")
+    assert (await describe(store)).keys == loaded - 2
+    with pytest.raises(KeyDeleted):
+        await store.keys.use(made.id)
+    with pytest.raises(KeyDeleted):
+        await store.keys.set_state(made.id, KeyState.ENABLED, actor="a")
+    with pytest.raises(KeyDeleted):
+        await store.keys.rotate(made.id, actor="a")
+    assert [d.state for d in await store.keys.list_keys()] == ["deleted"]
+
+
+async def test_handles_are_loaded_when_needed_and_once(world: World, store: Store) -> None:
+    made = await store.keys.create("AES-256-GCM", label="", actor="a")
+    other = await world.store()
+    first, second = await asyncio.gather(other.keys.use(made.id), other.keys.use(made.id))
+    assert first == second
+    assert (await describe(other)).keys == 1
+
+
+async def test_what_another_vcm_did_is_seen(world: World, store: Store) -> None:
+    other = await world.store()
+    made = await other.keys.create("AES-256-GCM", label="", actor="a")
+    assert (await store.keys.use(made.id)).version == 1  # unknown here: looked up
+    await other.keys.rotate(made.id, actor="a")
+    assert (await store.keys.use(made.id, version=2)).version == 2  # likewise
+    await other.keys.set_state(made.id, KeyState.DELETED, actor="a")
+    await store.keys.refresh()
+    assert (await describe(store)).keys == 0
+    with pytest.raises(KeyDeleted):
+        await store.keys.use(made.id)
+
+
+async def test_of_two_changes_at_once_the_second_is_made_on_top_of_the_first(world: World, store: Store) -> None:
+    made = await store.keys.create("AES-256-GCM", label="", actor="a")
+    other = await world.store()
+    await other.keys.rotate(made.id, actor="b")
+    rotated = await store.keys.rotate(made.id, actor="a")  # its row is the old one: StateConflict, then again
+    assert rotated.versions == (1, 2, 3)
+    assert rotated.version == 3
+    await other.keys.create("AES-256-GCM", label="in between", actor="b")
+    await store.keys.create("AES-256-GCM", label="after", actor="a")  # the receipt does not continue what was seen
+    assert len(await store.keys.list_keys()) == 3
+
+
+async def test_whoever_is_beaten_twice_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = await store.keys.create("AES-256-GCM", label="", actor="a")
+
+    async def beaten(*_: object, **__: object) -> None:
+        raise StateConflict("again")
+
+    monkeypatch.setattr(store.escrow, "write", beaten)
+    with pytest.raises(StateConflict):
+        await store.keys.rotate(made.id, actor="a")
+
+
+async def test_a_key_of_nobody_or_of_another_consumer_is_unknown(world: World, store: Store) -> None:
+    kmc, card = world.kmc, world.card
+    other = kmc.consumer("rival")
+    vcc = await card.vcc(new_vcm_id(), other, kmc)
+    world.vccs.append(vcc)
+    escrow = Escrow(other.name, other, kmc.signing_key)
+    await escrow.load(Seen(EPOCH, 0, other.head()))
+    foreign = await Keys(escrow, vcc).create("AES-256-GCM", label="", actor="a")
+    for key in (new_key_id(), foreign.id):
+        with pytest.raises(KeyUnknown):
+            await store.keys.describe(key)
+
+
+async def test_asking_for_unknown_keys_does_not_flood_the_escrow(store: Store) -> None:
+    store.consumer.calls.clear()
+    results = await asyncio.gather(*(store.keys.use(new_key_id()) for _ in range(50)), return_exceptions=True)
+    assert all(isinstance(r, KeyUnknown) for r in results)
+    assert len(store.consumer.calls) <= 2
+
+
+# -- an escrow that lies -----------------------------------------------------------------------------------------------
+
+
+def drop_row(consumer: FakeConsumer, key: KeyId) -> None:
+    del consumer.rows[key, 1]
+
+
+def swap_material(consumer: FakeConsumer, key: KeyId) -> None:
+    consumer.rows[key, 1] = msgspec.structs.replace(consumer.rows[key, 1], wrapped=bytes(60))
+
+
+def rewrite_history(consumer: FakeConsumer, key: KeyId) -> None:
+    del consumer.log[2:]
+    del consumer.rows[key, 0], consumer.rows[key, 1]
+
+
+def make_foreign(consumer: FakeConsumer, key: KeyId) -> None:
+    consumer.rows[key, 1] = msgspec.structs.replace(consumer.rows[key, 1], consumer=consumer.name + "x")  # type: ignore[arg-type]
+
+
+def invent_row(consumer: FakeConsumer, key: KeyId) -> None:
+    consumer.rows[key, 9] = msgspec.structs.replace(consumer.rows[key, 1], version=9)
+
+
+Lie = Callable[[FakeConsumer, KeyId], None]
+
+
+@pytest.mark.parametrize(
+    ("lie", "error"),
+    [
+        (drop_row, EscrowRolledBack),
+        (swap_material, EscrowRowTampered),
+        (rewrite_history, EscrowRolledBack),
+        (make_foreign, EscrowRowForeign),
+        (invent_row, EscrowRowForeign),
+    ],
+)
+async def test_a_view_that_lies_is_refused_until_a_good_one_comes(world: World, lie: Lie, error: type[CipherfleetError]) -> None:
+    store = await world.store()
+    first = await store.keys.create("AES-256-GCM", label="", actor="a")
+    victim = await store.keys.create("AES-256-GCM", label="", actor="a")
+    log, rows = list(store.consumer.log), dict(store.consumer.rows)
+    lie(store.consumer, victim.id)
+    with pytest.raises(error):
+        await store.keys.refresh()
+    with pytest.raises(error):
+        await store.keys.use(first.id)  # fail closed: nothing is served from an escrow that lies
+    with pytest.raises(error):
+        await store.keys.create("AES-256-GCM", label="", actor="a")
+    store.consumer.log, store.consumer.rows = log, rows
+    assert (await store.keys.use(first.id)).version == 1
+
+
+async def test_a_row_that_fits_the_log_but_not_the_card_is_refused(store: Store) -> None:
+    made = await store.keys.create("AES-256-GCM", label="", actor="a")
+    row = store.consumer.rows[made.id, 0]
+    forged = msgspec.structs.replace(row, attributes=row.attributes.replace(b"enabled", b"deleted"))
+    store.consumer.rows[made.id, 0] = forged
+    store.consumer.append(forged.subject, row_digest(forged))
+    await store.keys.refresh()
+    with pytest.raises(EscrowRowTampered):
+        await store.keys.use(made.id)
+
+
+async def test_an_old_row_written_again_is_a_rollback(world: World, store: Store) -> None:
+    made = await store.keys.create("AES-256-GCM", label="", actor="a")
+    old = store.consumer.rows[made.id, 0]
+    await store.keys.set_state(made.id, KeyState.DISABLED, actor="a")
+    store.consumer.rows[made.id, 0] = old
+    store.consumer.append(old.subject, row_digest(old))
+    with pytest.raises(EscrowRolledBack):
+        await store.keys.refresh()
+    with pytest.raises(EscrowRolledBack):
+        await world.store()  # one that never saw the newer row finds it, too
+
+
+async def test_attributes_of_an_older_revision_are_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = await store.keys.create("AES-256-GCM", label="", actor="a")
+    await store.keys.rotate(made.id, actor="a")
+    older = await store.keys._seal(made.id, KeyAttributes("AES-256-GCM", KeyState.ENABLED, 1, 1, 0.0))
+    store.consumer.rows[made.id, 0] = older
+    store.consumer.append(older.subject, row_digest(older))
+    await store.keys.refresh()
+    with pytest.raises(EscrowRowTampered):
+        await store.keys.use(made.id)
+
+
+async def test_a_key_without_attributes_is_refused(store: Store) -> None:
+    made = await store.keys.create("AES-256-GCM", label="", actor="a")
+    del store.escrow.rows[made.id][0]
+    with pytest.raises(EscrowRowTampered):
+        await store.keys.use(made.id)
+
+
+class Liar:
+    """Between the VCM and the escrow: changes what comes back."""
+
+    def __init__(self, consumer: FakeConsumer, change: Callable[[object], object]) -> None:
+        self._consumer, self._change = consumer, change
+
+    async def call(self, method: str, path: str, body: object | None = None, *, reply: type[T]) -> T:
+        changed = self._change(await self._consumer.call(method, path, body, reply=reply))
+        assert isinstance(changed, reply)
+        return changed
+
+
+def _other_checkpoint(consumer: str, *, key: bool = True) -> Callable[[object], object]:
+    def change(view: object) -> object:
+        assert isinstance(view, EscrowView)
+        signer = new_key() if key else KMC[0].key
+        statement = CheckpointStatement(consumer, EPOCH, 0, b"h" * 32)  # type: ignore[arg-type]
+        return msgspec.structs.replace(view, checkpoint=signed(statement, signer))
+
+    return change
+
+
+KMC: list[FakeKmc] = []
+
+
+@pytest.mark.parametrize(("consumer", "forged"), [("acme", True), ("rival", False)])
+async def test_a_checkpoint_of_another_signer_or_consumer_is_forged(world: World, consumer: str, forged: bool) -> None:
+    KMC[:] = [world.kmc]
+    liar = Liar(world.consumer, _other_checkpoint(consumer, key=forged))
+    with pytest.raises(CheckpointForged):
+        await Escrow(world.consumer.name, liar, world.kmc.signing_key).load(Seen(EPOCH, 0, world.consumer.head()))
+
+
+async def test_another_epoch_than_the_ukeys_is_a_rollback(world: World) -> None:
+    escrow = Escrow(world.consumer.name, world.consumer, world.kmc.signing_key)
+    with pytest.raises(EscrowRolledBack):
+        await escrow.load(Seen(EPOCH + 1, 0, world.consumer.head()))
+
+
+def _cut(receipt: object) -> object:
+    return EscrowReceipt(receipt.log[:1]) if isinstance(receipt, EscrowReceipt) else receipt
+
+
+def _other_digest(receipt: object) -> object:
+    if not isinstance(receipt, EscrowReceipt):
+        return receipt
+    return EscrowReceipt((msgspec.structs.replace(receipt.log[0], digest=b"x" * 32), *receipt.log[1:]))
+
+
+@pytest.mark.parametrize("change", [_cut, _other_digest])
+async def test_a_receipt_for_something_else_is_no_acknowledgement(world: World, change: Callable[[object], object]) -> None:
+    store = await world.store()
+    escrow = Escrow(world.consumer.name, Liar(world.consumer, change), world.kmc.signing_key)
+    await escrow.load(Seen(EPOCH, 0, world.consumer.head()))
+    with pytest.raises(EscrowRowTampered):
+        await Keys(escrow, store.card).create("AES-256-GCM", label="", actor="a")
