@@ -178,17 +178,15 @@ class Cloud:
         if not self.run_folder.is_dir():
             return 0
         with self._lock():
-            stopped = 0
+            running_now = self.processes()
             network = self.record.network
             for role in _ORDER:
-                entries = [p for p in self.processes() if p.role == role]
-                stopped += len(entries)
-                await _end(entries)
+                await _end([p for p in running_now if p.role == role])
             for path in self.run_folder.glob("*.json"):
                 path.unlink(missing_ok=True)
             if self.record.isolation == "domain":
                 await sweep_network(network)
-            return stopped
+            return len(running_now)
 
     def terminal_config(self, ukey: Path, pin: str) -> TerminalConfig:
         return TerminalConfig(str(ukey.absolute()), pin, str(self.run_folder), self.record.settings)

@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from cipherfleet.channel import codec
-from cipherfleet.channel.client import Caller
 from cipherfleet.channel.frames import Frames
 from cipherfleet.channel.server import Server
 from cipherfleet.computing.vcm import Vcm
+from cipherfleet.computing.vcm_kmc import KmcAccess
 from cipherfleet.contract.errors import CipherfleetError, ServiceUnavailable
 from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.kmc_api import (
@@ -43,7 +43,7 @@ Channel = Frames[Any, Any]
 class Link:
     """``on_serving`` is awaited once, when the VCM serves (step h)."""
 
-    def __init__(self, vcm: Vcm, server: Server, kmc: Caller, heartbeat_s: float, on_serving: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, vcm: Vcm, server: Server, kmc: KmcAccess, heartbeat_s: float, on_serving: Callable[[], Awaitable[None]]) -> None:
         self._vcm, self._server, self._kmc, self._heartbeat_s, self._on_serving = vcm, server, kmc, heartbeat_s, on_serving
         self._channel: Channel | None = None
         self._loaded = asyncio.Event()

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from cipherfleet.channel.certificates import Credentials, key_to_pem, make_request, new_key
-from cipherfleet.channel.client import Caller
 from cipherfleet.channel.server import Server
 from cipherfleet.computing.confinement import confine
 from cipherfleet.computing.listening import parse_address
@@ -18,8 +17,9 @@ from cipherfleet.computing.vcc_socket import SocketCard
 from cipherfleet.computing.vcm import Ending, Vcm
 from cipherfleet.computing.vcm_boot import BootChannel, News
 from cipherfleet.computing.vcm_config import VcmConfig
+from cipherfleet.computing.vcm_kmc import KmcAccess
 from cipherfleet.computing.vcm_link import Link
-from cipherfleet.contract.errors import CipherfleetError, KmcUnavailable
+from cipherfleet.contract.errors import CipherfleetError
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.machine_api import Isolation, VcmState
 from cipherfleet.contract.messages import CertificateRequest, Chain
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
 LOOK_S = 5.0
-KMC_TIMEOUT_S = 10.0
 FAREWELL_S = 0.03
 
 Mount = Callable[[Server, VcmHost], None]
@@ -63,7 +62,7 @@ async def run(
         key, csr = certificate.request()
         certificate.take(key, await boot.certificate(csr))  # step e
         await card.start()
-        async with certificate.caller() as kmc:
+        async with certificate.kmc as kmc:
             vcm = Vcm(
                 configuration.id,
                 configuration.consumer,
@@ -124,11 +123,11 @@ class OwnCertificate:
     def __init__(self, configuration: VcmConfig) -> None:
         self._configuration = configuration
         self._identity = Identity(Role.VCM, configuration.id, configuration.consumer)
-        self._as_server: Credentials | None = None
-        self._as_client: Credentials | None = None
+        self._credentials: Credentials | None = None
         self._renew_at = 0.0
         self._server: Server | None = None
-        self._caller: Caller | None = None
+        # The relay knows the way: the address in the URL is a name, nothing is resolved.
+        self.kmc = KmcAccess(f"https://{urlsplit(configuration.kmc_url).netloc}", configuration.relay)
 
     def request(self) -> tuple[bytes, bytes]:
         """A new key (PEM), and the request for it (PKCS#10, DER)."""
@@ -137,27 +136,17 @@ class OwnCertificate:
 
     def take(self, key: bytes, chain: Chain) -> None:
         """The server trusts the consumer's own CA alone, the client towards the KMC the root."""
-        self._as_server = Credentials(key, chain.chain, chain.trust)
-        self._as_client = Credentials(key, chain.chain, self._configuration.root)
+        self._credentials = Credentials(key, chain.chain, chain.trust)
         now = time.time()
-        self._renew_at = now + (self._as_server.not_after - now) / 2
-        if self._server is not None and self._caller is not None:
-            self._server.renew(self._as_server)
-            self._caller.renew(self._as_client)
+        self._renew_at = now + (self._credentials.not_after - now) / 2
+        self.kmc.use(Credentials(key, chain.chain, self._configuration.root))
+        if self._server is not None:
+            self._server.renew(self._credentials)
 
     def server(self, vcm: Vcm) -> Server:
-        assert self._as_server is not None  # noqa: S101 - take() came first
-        self._server = Server(self._as_server, minimum=ssl.TLSVersion.TLSv1_2, check_peer=vcm.check_peer)
+        assert self._credentials is not None  # noqa: S101 - take() came first
+        self._server = Server(self._credentials, minimum=ssl.TLSVersion.TLSv1_2, check_peer=vcm.check_peer)
         return self._server
-
-    def caller(self) -> Caller:
-        assert self._as_client is not None  # noqa: S101 - take() came first
-        # The relay knows the way: the address in the URL is a name, nothing is resolved.
-        url = f"https://{urlsplit(self._configuration.kmc_url).netloc}"
-        name = Identity(Role.KMC, "kmc").dns_name
-        relay = self._configuration.relay
-        self._caller = Caller(url, name, self._as_client, KmcUnavailable, relay=relay, timeout=KMC_TIMEOUT_S)
-        return self._caller
 
     async def keep_fresh(self) -> None:
         """Renew for ever. The wall clock may jump, so it is looked at often."""
@@ -174,7 +163,6 @@ class OwnCertificate:
 
     async def renew(self) -> None:
         """A new key, a new certificate. Raises what the KMC says."""
-        assert self._caller is not None  # noqa: S101 - caller() came first
         key, csr = self.request()
         addresses = (parse_address(self._configuration.address)[0],)
-        self.take(key, await self._caller.call("POST", "/v1/certificate", CertificateRequest(csr, addresses), reply=Chain))
+        self.take(key, await self.kmc.call("POST", "/v1/certificate", CertificateRequest(csr, addresses), reply=Chain))

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 from cipherfleet.contract.errors import CipherfleetError
 from cipherfleet.contract.ids import ConsumerId, VcmId
@@ -51,11 +51,11 @@ class Ring:
         """Flow step a."""
         self._away.pop(consumer, None)
         self._forget_failures(consumer)
-        self._spawn(consumer, self._serve(consumer, inserted=True))
+        self._spawn(consumer, partial(self._serve, consumer, inserted=True))
 
     def removed(self, consumer: ConsumerId) -> None:
         self._away[consumer] = time.monotonic()
-        self._spawn(consumer, self._lifecycle.withdraw(consumer))
+        self._spawn(consumer, partial(self._lifecycle.withdraw, consumer))
 
     def lost(self, consumer: ConsumerId) -> None:
         """The terminal went without a word: it has the lease's time to come back."""
@@ -91,18 +91,14 @@ class Ring:
             match decision:
                 case Withdraw(consumer):
                     log.info("the terminal of %s is away longer than the lease, its service ends", consumer)
-                    self._spawn(consumer, self._lifecycle.withdraw(consumer))
+                    self._spawn(consumer, partial(self._lifecycle.withdraw, consumer))
                 case Delete(consumer, vcm, cause):
                     doomed.setdefault(consumer, []).append((vcm, cause))
                 case Build(consumer):
-                    self._spawn(consumer, self._serve(consumer, inserted=False), after=self._sweep(consumer, doomed.pop(consumer, [])))
+                    self._spawn(consumer, partial(self._replace, consumer, doomed.pop(consumer, [])))
         for consumer, vcms in doomed.items():
-            self._spawn(consumer, self._sweep(consumer, vcms))
+            self._spawn(consumer, partial(self._lifecycle.sweep, consumer, vcms))
         await self._clear_strangers()
-
-    async def _sweep(self, consumer: ConsumerId, vcms: list[tuple[VcmId, Cause]]) -> None:
-        if vcms:
-            await self._lifecycle.sweep(consumer, vcms)
 
     async def _views(self) -> tuple[ConsumerView, ...]:
         modules, now = self._modules, time.monotonic()
@@ -131,7 +127,7 @@ class Ring:
             for report in machine.vcms:
                 if report.id not in known:
                     log.warning("%s runs %s, which is not in the inventory: it is deleted", machine.id, report.id)
-                    self._spawn(None, self._modules.images.delete(machine.id, report.id))
+                    self._spawn(None, partial(self._modules.images.delete, machine.id, report.id))
 
     # -- actions -------------------------------------------------------------------------------------------------------
 
@@ -145,18 +141,19 @@ class Ring:
             raise
         self._forget_failures(consumer)
 
+    async def _replace(self, consumer: ConsumerId, doomed: list[tuple[VcmId, Cause]]) -> None:
+        if doomed:
+            await self._lifecycle.sweep(consumer, doomed)
+        await self._serve(consumer, inserted=False)
+
     def _forget_failures(self, consumer: ConsumerId) -> None:
         self._failures.pop(consumer, None)
         self._rest_until.pop(consumer, None)
 
-    def _spawn(
-        self, consumer: ConsumerId | None, work: Coroutine[Any, Any, object], after: Coroutine[Any, Any, None] | None = None
-    ) -> None:
+    def _spawn(self, consumer: ConsumerId | None, work: Callable[[], Awaitable[object]]) -> None:
         async def act() -> None:
             try:
-                if after is not None:
-                    await after
-                await work
+                await work()
             except CipherfleetError as exc:
                 log.warning("%s: %s: %s", consumer or "the ring", exc.code, exc.message)
             except Exception as exc:

@@ -24,7 +24,6 @@ from cipherfleet.terminal.callers import kmc_caller, management_caller
 from cipherfleet.terminal.ukey import Ukey
 
 MAX_DAYS = 825
-_MINIMUM_RSA_BITS = 2048
 
 
 async def sign_in(
@@ -96,10 +95,12 @@ def read_request(csr: bytes) -> tuple[bytes, bytes]:
         raise Malformed("the certificate request cannot be read", "give PKCS#10 as PEM or DER") from exc
     if not valid:
         raise SignatureInvalid("the certificate request is not signed by its own key")
-    if isinstance(key, rsa.RSAPublicKey):
-        strong = key.key_size >= _MINIMUM_RSA_BITS
-    else:
-        strong = isinstance(key, (ec.EllipticCurvePublicKey, ed25519.Ed25519PublicKey)) and getattr(key, "key_size", 256) >= 256
-    if not strong:
-        raise Unsupported("the certificate request's key is of an unsuitable kind or size", "use EC P-256, Ed25519 or RSA-2048")
+    if not (
+        isinstance(key, ed25519.Ed25519PublicKey)
+        or (isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, (ec.SECP256R1, ec.SECP384R1)))
+        or (isinstance(key, rsa.RSAPublicKey) and key.key_size in (3072, 4096))
+    ):
+        raise Unsupported(
+            "the certificate request's key is of an unsuitable kind or size", "use EC P-256 or P-384, Ed25519, RSA-3072 or RSA-4096"
+        )
     return request.public_bytes(Encoding.DER), public_key_der(key)

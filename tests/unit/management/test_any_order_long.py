@@ -134,7 +134,18 @@ class AnyOrder(RuleBasedStateMachine):
             await self.plugged[consumer].end()
             self.plugged[consumer] = self.running.terminal(consumer)
             await self.plugged[consumer].plug_in()
-        await until(self.settled, lambda: f"{self.running.left()}", timeout=10.0)
+        import logging
+        logging.getLogger("cipherfleet").setLevel(logging.DEBUG)
+        try:
+            await until(self.settled, lambda: f"{self.running.left()}", timeout=10.0)
+        except AssertionError:
+            w=self.running
+            print("STATUS", await w.status())
+            print("PLUGGED", {c:(t.heard, t.ended.is_set()) for c,t in self.plugged.items()})
+            import sqlite3
+            d=sqlite3.connect(self.folder/"state"/"inventory.sqlite")
+            print("DB", d.execute("select * from domains").fetchall(), d.execute("select id,consumer,state,machine,created,cause,error from vcms").fetchall())
+            raise
         for terminal in self.plugged.values():
             await terminal.pull()
         await self.running.clean()

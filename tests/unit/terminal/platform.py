@@ -397,6 +397,14 @@ class Platform:
     async def permit(self, vcm: Vcm) -> None:
         await self.management.line.say(LoginPermit(vcm.id, vcm.endpoint, vcm.mark))
 
+    async def permitted(self, card: StandInCard | None = None) -> Vcm:
+        """The Ukey was just inserted: a VCM that the terminal has a permit for."""
+        await self.management.line.hears(Inserted)
+        await self.identify()
+        vcm = await self.vcm(card)
+        await self.permit(vcm)
+        return vcm
+
     async def signal(self, vcm: Vcm, *, since: int = 0, **changes: Any) -> None:
         log = tuple(self.kmc.log[since:])
         frame = DownloadSignal(vcm.id, vcm.mark, vcm.card.id, vcm.card.chain, await self.kmc.checkpoint(), log)
