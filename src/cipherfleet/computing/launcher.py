@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 INSIDE_RELAY = "/run/cipherfleet"
 PROBE_S = 10.0
+REAP_S = 2.0
 _TEMPORARY_BYTES = 1024 * 1024
 _SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/etc/ssl/openssl.cnf")
 # An arena for each thread would eat up the address space; a ring for system calls would pass by the filter of system calls.
@@ -96,11 +97,12 @@ class Child:
 
     async def end(self, grace_s: float) -> None:
         """SIGTERM, and SIGKILL after ``grace_s`` seconds. Ending what is gone succeeds."""
-        self.send(signal.SIGTERM)
-        try:
-            await asyncio.wait_for(self.wait(), grace_s)
-        except TimeoutError:
-            self.send(signal.SIGKILL)
+        for number, patience_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, REAP_S)):
+            self.send(number)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.wait(), patience_s)
+                break
+        else:
             with suppress(ProcessLookupError):
                 self._outer.kill()
             await self.wait()

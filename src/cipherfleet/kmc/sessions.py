@@ -136,6 +136,7 @@ class Sessions:
         self._lease_s = lease_s
         self._sessions: dict[ConsumerId, ConsumerSession] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = False
 
     def get(self, consumer: ConsumerId) -> ConsumerSession | None:
         return self._sessions.get(consumer)
@@ -160,7 +161,7 @@ class Sessions:
             session.timer.cancel()
             session.timer = None
         deadline = session.deadline(self._lease_s)
-        if deadline is not None and not session.closed:
+        if deadline is not None and not session.closed and not self._stopped:
             session.timer = self.loop.call_at(deadline, self.on_expired, session)
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
@@ -191,6 +192,8 @@ class Sessions:
         self.spawn(persistently())
 
     async def stop(self) -> None:
+        """No deadline passes and nothing is sent any more; who is connected finds out from the connection."""
+        self._stopped = True
         for session in self._sessions.values():
             if session.timer is not None:
                 session.timer.cancel()

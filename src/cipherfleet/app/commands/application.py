@@ -91,7 +91,7 @@ def revoke(name: NameArgument, state: State = None, consumer: ConsumerOption = N
         output.screen.print(f"{entry.name} of {entry.consumer} is revoked")
 
 
-@app.command("exec", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
+@app.command("exec", context_settings={"allow_extra_args": True})
 def exec_(
     context: typer.Context,
     name: NameArgument,
@@ -99,7 +99,7 @@ def exec_(
     consumer: ConsumerOption = None,
 ) -> None:
     """Run a command inside the application's security domain (cloud with --isolation domain, as root)."""
-    command = context.args[1:] if context.args[:1] == ["--"] else context.args
+    command = context.args
     if not command:
         raise Malformed("there is no command to run", "cipherfleet app exec NAME -- CMD")
     cloud = Cloud(state)

@@ -1,0 +1,250 @@
+"""The key escrow: what is committed, what is refused, and that what it shows can be checked without trusting it."""
+
+import asyncio
+import sqlite3
+
+import pytest
+from msgspec import structs
+
+from cipherfleet.channel import signing
+from cipherfleet.channel.codec import MAX_BODY_BYTES
+from cipherfleet.contract.errors import (
+    CipherfleetError,
+    EscrowRolledBack,
+    EscrowRowForeign,
+    EscrowRowTampered,
+    ForeignConsumer,
+    LimitReached,
+    Malformed,
+    ServiceOff,
+    StateConflict,
+    TooLarge,
+)
+from cipherfleet.contract.escrow import EscrowRow, EscrowView, RowWrite, Seen, check_view, row_digest
+from cipherfleet.contract.ids import ConsumerId, MachineId, new_key_id
+from cipherfleet.contract.kmc_api import CardReady, CmkReleased, DownloadSignal, EscrowReceipt, EscrowWrite
+from cipherfleet.contract.statements import CheckpointStatement
+from cipherfleet.kmc import applications, escrow
+from tests.unit.kmc.world import SEALED, TestConsumer, TestVcm, World, key_row, start_vcm
+
+
+@pytest.fixture
+async def alice(world: World) -> TestConsumer:
+    return await world.enrol()
+
+
+@pytest.fixture
+async def vcm(world: World, alice: TestConsumer) -> TestVcm:
+    return await start_vcm(world, alice, await alice.plug_in())
+
+
+async def view_of(vcm: TestVcm) -> EscrowView:
+    return await vcm.caller.call("GET", "/v1/escrow", reply=EscrowView)
+
+
+def checked(view: EscrowView, consumer: TestConsumer, seen: Seen | None = None) -> Seen:
+    """As a VCM does it."""
+    statement = signing.verify(view.checkpoint, CheckpointStatement, [consumer.reply.kmc_signing_key])
+    point = Seen(statement.epoch, statement.sequence, statement.head)
+    check_view(consumer.name, view, point, seen)
+    return point
+
+
+async def test_rows_and_statements_in_one_view(world: World, alice: TestConsumer, vcm: TestVcm) -> None:
+    key = new_key_id()
+    attributes, material = key_row("alice", key, 0), key_row("alice", key, 1)
+    receipt = await vcm.write(RowWrite(attributes), RowWrite(material))
+    assert [(e.sequence, e.subject, e.digest) for e in receipt.log] == [
+        (1, f"key/{key}/0", row_digest(attributes)),
+        (2, f"key/{key}/1", row_digest(material)),
+    ]
+    await alice.application()
+    view = await view_of(vcm)
+    assert view.rows == (attributes, material)
+    assert [kept.name for kept in view.statements] == ["shop"]
+    point = checked(view, alice)
+    assert point.sequence == 3
+    changed = key_row("alice", key, 0, mark=b"x")
+    await vcm.write(RowWrite(changed, row_digest(attributes)))
+    newer = await view_of(vcm)
+    assert newer.rows == (changed, material)
+    assert checked(newer, alice, point).sequence == 4
+    assert (await vcm.write(RowWrite(key_row("alice")))).log[0].sequence == 5
+    lines = await vcm.caller.call("GET", "/v1/audit", reply=dict)
+    line = lines["entries"][-1]
+    assert (line["actor"], line["event"], line["consumer"]) == (f"application/shop via {vcm.id}", "key-created", "alice")
+
+
+async def test_who_comes_second_reads_again(vcm: TestVcm) -> None:
+    row = key_row("alice")
+    await vcm.write(RowWrite(row))
+    newer = structs.replace(row, wrapped=b"n" * 60)
+    for previous in (b"", bytes(32)):
+        with pytest.raises(StateConflict):
+            await vcm.write(RowWrite(newer, previous))
+    with pytest.raises(StateConflict):
+        await vcm.write(RowWrite(key_row("alice"), bytes(32)))
+    await vcm.write(RowWrite(newer, row_digest(row)))
+    with pytest.raises(StateConflict):
+        await vcm.write(RowWrite(newer, row_digest(row)))
+
+
+async def test_all_or_nothing(world: World, vcm: TestVcm) -> None:
+    good = key_row("alice")
+    with pytest.raises(StateConflict):
+        await vcm.write(RowWrite(good), RowWrite(key_row("alice"), bytes(32)))
+    view = await view_of(vcm)
+    assert (view.rows, view.log) == ((), ())
+    assert ("key-created", "ok") not in await world.audit_lines("alice")
+
+
+async def test_many_at_once(alice: TestConsumer, vcm: TestVcm) -> None:
+    receipts = await asyncio.gather(*(vcm.write(RowWrite(key_row("alice"))) for _ in range(20)))
+    assert sorted(r.log[0].sequence for r in receipts) == list(range(1, 21))
+    assert checked(await view_of(vcm), alice).sequence == 20
+
+
+async def test_wrong_writes(vcm: TestVcm) -> None:
+    row = key_row("alice")
+    wrong: list[tuple[object, type[CipherfleetError]]] = [
+        (EscrowWrite(()), Malformed),
+        (EscrowWrite((RowWrite(row),) * 65), Malformed),
+        (EscrowWrite((RowWrite(key_row("bob")),)), ForeignConsumer),
+        (EscrowWrite((RowWrite(structs.replace(row, version=-1)),)), Malformed),
+        (EscrowWrite((RowWrite(structs.replace(row, version=2**31)),)), Malformed),
+        (EscrowWrite((RowWrite(structs.replace(row, attributes=b"{}")),)), Malformed),
+        (EscrowWrite((RowWrite(structs.replace(row, attributes=bytes(8193))),)), TooLarge),
+        (EscrowWrite((RowWrite(structs.replace(row, wrapped=bytes(8193))),)), TooLarge),
+        (EscrowWrite((RowWrite(structs.replace(row, wrapped=b"short")),)), Malformed),
+        (EscrowWrite((RowWrite(row, b"short"),)), Malformed),
+        (EscrowWrite((RowWrite(row),), event="x" * 65), Malformed),
+        (EscrowWrite((RowWrite(row),), actor="two\nlines"), Malformed),
+        ({"writes": [{"row": {"consumer": "alice", "key": "../x", "version": 1, "attributes": "", "wrapped": ""}}]}, Malformed),
+        ({"writes": "garbage"}, Malformed),
+    ]
+    for request, error in wrong:
+        with pytest.raises(error):
+            await vcm.caller.call("POST", "/v1/escrow", request, reply=EscrowReceipt)
+    assert (await view_of(vcm)).log == ()
+
+
+@pytest.mark.parametrize("limit", ["MAX_KEYS", "MAX_ROWS", "MAX_ROW_BYTES", "MAX_LOG"])
+async def test_limits(vcm: TestVcm, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    row = key_row("alice", version=0)
+    await vcm.write(RowWrite(row))
+    monkeypatch.setattr(escrow, limit, len(row.attributes) + len(row.wrapped) if limit == "MAX_ROW_BYTES" else 1)
+    with pytest.raises(LimitReached):
+        await vcm.write(RowWrite(key_row("alice", version=0)))
+    if limit != "MAX_LOG":  # what is there may still change
+        await vcm.write(RowWrite(structs.replace(row, wrapped=b"n" * 60), row_digest(row)))
+
+
+async def test_the_fullest_view_fits_the_channel() -> None:
+    """The bounds are such that a consumer that uses all of them can still be served."""
+    base64 = 4 / 3
+    row_overhead, entry, statement_overhead = 160, 116, 420
+    rows = escrow.MAX_ROW_BYTES * base64 + escrow.MAX_ROWS * row_overhead
+    statements = applications.MAX_APPLICATIONS * (applications.MAX_STATEMENT_BYTES * base64 + statement_overhead)
+    assert rows + statements + escrow.MAX_LOG * entry < MAX_BODY_BYTES
+
+
+async def test_only_a_vcm_with_its_cmk_gets_rows(world: World, alice: TestConsumer) -> None:
+    terminal = await alice.plug_in()
+    vcm = await start_vcm(world, alice)
+    await vcm.channel.send(CardReady(vcm.card))
+    await terminal.next(DownloadSignal)
+    with pytest.raises(ServiceOff):
+        await view_of(vcm)
+    with pytest.raises(ServiceOff):
+        await vcm.write(RowWrite(key_row("alice")))
+    await terminal.send(CmkReleased(vcm.id, alice.reply.ciphertext_cmk, SEALED))
+    async with asyncio.timeout(5):
+        while not (await world.kmc.service.state(vcm.id)).released:
+            await asyncio.sleep(0.01)
+    await view_of(vcm)
+
+
+async def test_two_consumers_see_nothing_of_each_other(world: World, alice: TestConsumer, vcm: TestVcm) -> None:
+    bob = await world.enrol("bob")
+    bobs = await start_vcm(world, bob, await bob.plug_in(), machine=MachineId("m2"))
+    row = key_row("alice")
+    await vcm.write(RowWrite(row))
+    await alice.application()
+    view = await view_of(bobs)
+    assert (view.rows, view.statements, view.log) == ((), (), ())
+    with pytest.raises(ForeignConsumer):
+        await bobs.write(RowWrite(row))
+    with pytest.raises(StateConflict):  # bob's row of the same name is not there to be replaced
+        await bobs.write(RowWrite(structs.replace(row, consumer=ConsumerId("bob")), row_digest(row)))
+    audit = await bobs.caller.call("GET", "/v1/audit?consumer=alice", reply=dict)
+    assert {line["consumer"] for line in audit["entries"]} == {"bob"}
+
+
+# -- whoever runs the database -----------------------------------------------------------------------------------------
+
+
+async def tamper(world: World, *statements: str) -> None:
+    """As the operator could: the KMC stops, the database is edited, the KMC starts."""
+    await world.stop()
+    with sqlite3.connect(world.folder / "kmc.sqlite") as connection:
+        for statement in statements:
+            assert connection.execute(statement).rowcount > 0
+    connection.close()
+    await world.start(int(world.url.rpartition(":")[2]))
+
+
+@pytest.mark.parametrize(
+    ("statement", "error"),
+    [
+        ("UPDATE rows SET wrapped = x'00'", EscrowRowTampered),
+        ("UPDATE rows SET attributes = '{}'", EscrowRowTampered),
+        ("DELETE FROM rows", EscrowRolledBack),
+        ("UPDATE rows SET key = 'ffffffffffffffffffffffffffffffff'", EscrowRowForeign),
+        ("DELETE FROM log WHERE sequence = 2", EscrowRolledBack),
+        ("UPDATE log SET digest = x'00' WHERE sequence = 1", EscrowRolledBack),
+        ("DELETE FROM statements", EscrowRolledBack),
+    ],
+)
+async def test_a_tampered_database_shows(
+    world: World, alice: TestConsumer, vcm: TestVcm, statement: str, error: type[CipherfleetError]
+) -> None:
+    await vcm.write(RowWrite(key_row("alice")))
+    await alice.application()
+    seen = checked(await view_of(vcm), alice)
+    await tamper(world, statement)
+    view = await view_of(vcm)
+    with pytest.raises(error):
+        checked(view, alice, seen)
+
+
+async def test_a_rolled_back_database_shows(world: World, alice: TestConsumer, vcm: TestVcm) -> None:
+    row = key_row("alice")
+    await vcm.write(RowWrite(row))
+    before = await view_of(vcm)
+    await vcm.write(RowWrite(structs.replace(row, wrapped=b"n" * 60), row_digest(row)))
+    seen = checked(await view_of(vcm), alice)
+    old = checked(before, alice)
+    undo = (
+        f"UPDATE rows SET wrapped = x'{row.wrapped.hex()}'",
+        "DELETE FROM log WHERE sequence = 2",
+        f"UPDATE consumers SET sequence = 1, head = x'{old.head.hex()}'",
+    )
+    await tamper(world, *undo)
+    view = await view_of(vcm)
+    assert checked(view, alice) == old  # the HSM signs what it is told: consistent, but older than what was seen
+    with pytest.raises(EscrowRolledBack):
+        checked(view, alice, seen)
+
+
+async def test_nothing_that_opens_a_key_is_in_the_database(world: World, alice: TestConsumer, vcm: TestVcm) -> None:
+    await vcm.write(RowWrite(key_row("alice")))
+    await world.stop()
+    stored = b"".join(path.read_bytes() for path in sorted(world.folder.iterdir()))
+    await world.start(int(world.url.rpartition(":")[2]))
+    assert b"w" * 60 in stored  # the control: rows are there
+    for secret in (alice.reply.ciphertext_cmk, SEALED, vcm.token.token):
+        assert secret not in stored
+
+
+def test_a_row_is_named_in_full() -> None:
+    assert EscrowRow(ConsumerId("a"), new_key_id(), 3, b"", b"").subject.endswith("/3")
