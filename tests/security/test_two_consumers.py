@@ -117,32 +117,6 @@ def test_a_domain_is_reached_from_its_own_applications_alone(domains: tuple[Test
     subnet = f"10.{cloud.cloud.record.network}."
     hosts = [a.address for addresses in psutil.net_if_addrs().values() for a in addresses]
     assert not [a for a in hosts if a.startswith(subnet)], "the host has no leg in a domain"
-    cipherfleet = [sys.executable, "-c", "from cipherfleet.app.cli import main; main()", "app", "exec", "billing"]
-    options = ["--consumer", consumer.name, "--state", str(cloud.cloud.state), "--"]
-    return subprocess.run([*cipherfleet, *options, *arguments], capture_output=True, text=True, timeout=60, check=False)
-
-
-def reaches(cloud: TestCloud, consumer: Consumer, endpoint: str) -> bool:
-    host, port = endpoint.removeprefix("https://").split(":")
-    return within(cloud, consumer, sys.executable, "-c", CONNECT, host, port).returncode == 0
-
-
-@pytest.mark.root
-@domain
-def test_a_domain_is_reached_from_its_own_applications_alone(domains: tuple[TestCloud, Consumer, Consumer], tmp_path: Path) -> None:
-    cloud, acme, globex = domains
-    endpoints = {c.name: c.vcms()[0].endpoint for c in (acme, globex)}
-    profile = profile_file(acme.sign_in(), tmp_path)
-    globex.sign_in()
-    assert reaches(cloud, acme, endpoints["acme"]), "positive control"
-    assert reaches(cloud, globex, endpoints["globex"]), "positive control"
-    assert not reaches(cloud, acme, endpoints["globex"])
-    assert not reaches(cloud, globex, endpoints["acme"])
-    assert not reaches(cloud, acme, cloud.cloud.kmc_url)
-    assert not reaches(cloud, acme, cloud.cloud.management_url)
-    host, port = endpoints["acme"].removeprefix("https://").split(":")
-    with pytest.raises(OSError, match=r"."), socket.create_connection((host, int(port)), timeout=2):
-        pass  # from the host itself
     cipherfleet = [sys.executable, "-c", "from cipherfleet.app.cli import main; main()"]
     used = within(cloud, acme, *cipherfleet, "random", "--profile", str(profile), "--json")
     assert used.returncode == 0, used.stderr
