@@ -1,7 +1,6 @@
 """No acknowledged key is ever lost, and nothing is half made, whoever is killed when."""
 
 import contextlib
-import os
 import signal
 import threading
 import time
@@ -17,12 +16,22 @@ from tests.support import Consumer, TestCloud, eventually, refusal
 ROLES = ("vcm", "card", "machine", "management", "kmc", "hsm", "terminal")
 
 
-def whole(cloud: TestCloud) -> bool:
-    """Every VCM of the inventory serves, on exactly the instances that the machines hold."""
-    vcms = cloud.vcms()
+def half_made(cloud: TestCloud) -> str:
+    """What is not whole: every VCM of the inventory serves, on exactly the instances that the machines hold."""
+    vcms = {str(v.id): str(v.state) for v in cloud.vcms()}
     folders = {p.name for p in Path(cloud.cloud.state, "machines").glob("*/vcm/vcm-*")}
     running = {p.id for p in cloud.processes("vcm")}
-    return all(v.state == "serving" for v in vcms) and {str(v.id) for v in vcms} == folders == running
+    if set(vcms.values()) <= {"serving"} and set(vcms) == folders == running:
+        return ""
+    return f"inventory {vcms}, folders {folders}, processes {running}"
+
+
+def whole(cloud: TestCloud, consumer: Consumer, vcms: int) -> None:
+    """Waits until nothing is half made and the consumer has so many VCMs."""
+    end = time.monotonic() + 40
+    while (wrong := half_made(cloud)) or len(consumer.vcms()) != vcms:
+        assert time.monotonic() < end, wrong or f"{consumer.vcms()}"
+        time.sleep(0.05)
 
 
 def served(consumer: Consumer, client: SyncClient) -> bool:
@@ -35,7 +44,7 @@ def bring_back(cloud: TestCloud, consumer: Consumer, client: SyncClient) -> None
     if not [p for p in cloud.processes("terminal") if p.consumer == consumer.name]:
         consumer.plug_in()
     eventually(lambda: served(consumer, client), within=40.0, what="service is back")
-    eventually(lambda: whole(cloud) and len(consumer.vcms()) == 1, within=20.0, what="nothing half made")
+    whole(cloud, consumer, 1)
 
 
 def test_acknowledged_keys_survive_the_death_of_every_process(own_cloud: TestCloud) -> None:
@@ -100,19 +109,19 @@ def test_a_kill_at_any_step_of_a_creation_leaves_nothing_half_made(breakable: Te
     plugging.start()
     _wait_step(breakable, consumer, step)
     for entry in _victims(breakable, consumer, role):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(entry.pid, signal.SIGKILL)
+        breakable.end(entry, signal.SIGKILL)
     breakable.up()
     plugging.join(60)
     if not [p for p in breakable.processes("terminal") if p.consumer == consumer.name]:
-        eventually(lambda: consumer.vcms() == [] and whole(breakable), within=20, what="nothing is left")
+        whole(breakable, consumer, 0)
         consumer.plug_in()
-    eventually(lambda: consumer.service == "on" and whole(breakable) and len(consumer.vcms()) == 1, within=40, what="service on, one VCM")
+    eventually(lambda: consumer.service == "on", within=40, what="service on")
+    whole(breakable, consumer, 1)
     with consumer.client() as client:
         key = client.create_key("AES-256-GCM")
         assert client.decrypt(client.encrypt(key.id, b"whole")) == b"whole"
     consumer.pull()
-    eventually(lambda: consumer.vcms() == [] and whole(breakable), within=20, what="nothing is left")
+    whole(breakable, consumer, 0)
     for entry in [p for p in breakable.processes("terminal") if p.consumer == consumer.name]:
         breakable.end(entry)
 

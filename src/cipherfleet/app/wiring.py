@@ -55,6 +55,7 @@ from cipherfleet.terminal.process import TerminalConfig
 
 STATE_VERSION = 1
 PORT = 7443
+STARTUP_S = 40.0
 SHUTDOWN_S = 5.0
 _ORDER = ("terminal", "vcm", "management", "machine", "card", "kmc", "hsm")
 
@@ -139,7 +140,8 @@ class Cloud:
             with suppress(CipherfleetError):
                 async with self.management() as management:
                     platform = await management.call("GET", "/v1/status", reply=PlatformStatus, timeout=5)
-        return CloudStatus(str(self.state), complete and platform is not None, processes, platform)
+        reporting = {m.id for m in platform.machines if m.state == "up" and m.card is not None} if platform else set()
+        return CloudStatus(str(self.state), complete and reporting >= set(self._machines(record)), processes, platform)
 
     # -- up and down ---------------------------------------------------------------------------------------------------
 
@@ -155,23 +157,10 @@ class Cloud:
         """Start what does not run. Raises what hindered it; processes that already ran stay."""
         with self._writable(), self._lock():
             record = self._settle(machines, isolation, passphrase_file, settings)
-            alive = {(p.role, p.id) for p in self.processes()}
-            if ("hsm", "hsm") not in alive:
-                progress("HSM")
-                config = HsmConfig(str(self._folder("hsm")), str(self._hsm_socket), self._passphrase(record), record.settings)
-                await self._start("hsm", "hsm", config)
-            if ("kmc", "kmc") not in alive or not self._credentials("operator").is_dir():
-                progress("key management center")
-                await self._start_kmc(record)
-            if ("management", "management") not in alive:
-                progress("management platform")
-                await self._start_management(record)
-            names = [MachineId(f"m{n}") for n in range(1, record.machines + 1)]
-            missing = [name for name in names if ("machine", name) not in alive]
-            if missing:
-                progress(f"{len(missing)} cipher machine{'s' if len(missing) > 1 else ''} with crypto cards")
-                await asyncio.gather(*(self._start_machine(record, name) for name in missing))
-            await self._wait_ready(names)
+            async for _ in _until(STARTUP_S, "the cloud to be ready"):
+                await self._start_missing(record, progress)
+                if (await self.status()).ready:  # what was just being killed shows only now
+                    return
 
     async def down(self) -> int:
         """Stop every process of this cloud; how many were stopped. Stopping what is stopped succeeds."""
@@ -234,6 +223,28 @@ class Cloud:
             return path.read_text().strip()
         except OSError as exc:
             raise FileProblem(f"cannot read the HSM's passphrase from {path}: {exc.strerror}") from exc
+
+    async def _start_missing(self, record: CloudRecord, progress: Progress) -> None:
+        """One look at what runs, in the order in which each needs the one before."""
+        alive = {(p.role, p.id) for p in self.processes()}
+        if ("hsm", "hsm") not in alive:
+            progress("HSM")
+            config = HsmConfig(str(self._folder("hsm")), str(self._hsm_socket), self._passphrase(record), record.settings)
+            await self._start("hsm", "hsm", config)
+        if ("kmc", "kmc") not in alive or not self._credentials("operator").is_dir():
+            progress("key management center")
+            await self._start_kmc(record)
+        if ("management", "management") not in alive:
+            progress("management platform")
+            await self._start_management(record)
+        missing = [name for name in self._machines(record) if ("machine", name) not in alive]
+        if missing:
+            progress(f"{len(missing)} cipher machine{'s' if len(missing) > 1 else ''} with crypto cards")
+            await asyncio.gather(*(self._start_machine(record, name) for name in missing))
+
+    @staticmethod
+    def _machines(record: CloudRecord) -> list[MachineId]:
+        return [MachineId(f"m{n}") for n in range(1, record.machines + 1)]
 
     async def _start(self, role: str, name: str, config: object) -> bytes:
         log = self._folder("logs") / f"{role}-{name}.log"
@@ -300,13 +311,6 @@ class Cloud:
         credentials = Credentials(key_to_pem(key), chain.chain, chain.trust)
         credentials.save(folder)
         return credentials
-
-    async def _wait_ready(self, names: list[MachineId]) -> None:
-        async with self.management() as management:
-            async for _ in _until(20.0, "the cipher machines to report"):
-                platform = await management.call("GET", "/v1/status", reply=PlatformStatus)
-                if {m.id for m in platform.machines if m.state == "up" and m.card is not None} >= set(names):
-                    return
 
     # -- folders -------------------------------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ def confine(wanted: Confinement) -> Isolation:
 
 def leave_host(libc: ctypes.CDLL) -> None:
     """Into namespaces of its own, as far as the kernel lets us; the file system read-only there. What worked shows from outside."""
-    user, group = os.geteuid(), os.getegid()
+    user, group, mounts = os.geteuid(), os.getegid(), _namespace("thread-self", "mnt")
     rest = [_CLONE[name] for name in ("net", "ipc", "uts", "mnt", "cgroup")]
     if libc.unshare(_CLONE["user"] | sum(rest)) == 0:
         with suppress(OSError):
@@ -80,18 +80,11 @@ def leave_host(libc: ctypes.CDLL) -> None:
     else:
         for flag in rest:
             libc.unshare(flag)
-    if _differs_from_parent("mnt"):
+    if _namespace("thread-self", "mnt") != mounts:
         libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
         attributes = (ctypes.c_uint64 * 4)(_MOUNT_ATTR_RDONLY, 0, 0, 0)
         arguments = (ctypes.c_int(_AT_FDCWD), b"/", ctypes.c_uint(_AT_RECURSIVE), ctypes.byref(attributes), ctypes.c_size_t(32))
         libc.syscall(ctypes.c_long(_SYS_MOUNT_SETATTR), *arguments)
-
-
-def _differs_from_parent(namespace: str) -> bool:
-    try:
-        return (Path("/proc/self/ns") / namespace).readlink() != Path(f"/proc/{os.getppid()}/ns/{namespace}").readlink()
-    except OSError:
-        return True
 
 
 def _limit(wanted: Confinement) -> None:

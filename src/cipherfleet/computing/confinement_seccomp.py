@@ -3,12 +3,12 @@
 It needs files (read), memory, threads of its own, time, and sockets that it was given; no program, no process, no socket but unix sockets.
 """
 
+import ctypes.util
 import errno
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-
-import pyseccomp
+from typing import Any
 
 _CLONE_THREAD = 0x00010000
 _MSG_FASTOPEN = 0x20000000
@@ -36,7 +36,8 @@ NOT_THERE = ("clone3", "io_uring_setup", "map_shadow_stack", "mseal")
 
 
 def restrict() -> None:
-    """Filter this thread's system calls, and those of all it starts, for good. Raises ``OSError``."""
+    """Filter this thread's system calls, and those of all it starts, for good. Raises ``OSError`` where there is no seccomp."""
+    pyseccomp = _pyseccomp()
     rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))
     for name in ALLOWED:
         _try(rules.add_rule, pyseccomp.ALLOW, name)
@@ -52,6 +53,19 @@ def restrict() -> None:
     for option in (_PR_GET_DUMPABLE, _PR_SET_NAME, _PR_GET_NAME, _PR_SET_VMA):
         rules.add_rule(pyseccomp.ALLOW, "prctl", pyseccomp.Arg(0, pyseccomp.EQ, option))
     rules.load()
+
+
+def _pyseccomp() -> Any:
+    """The module; it would ask ldconfig and a compiler where its library is, and in a sandbox there is neither."""
+    original = ctypes.util.find_library
+    ctypes.util.find_library = lambda name: {"c": "libc.so.6", "seccomp": "libseccomp.so.2"}.get(name)
+    try:
+        import pyseccomp
+    except (ImportError, RuntimeError) as exc:
+        raise OSError(errno.ENOSYS, "libseccomp is not installed") from exc
+    finally:
+        ctypes.util.find_library = original
+    return pyseccomp
 
 
 def _try(add: Callable[..., object], *rule: object) -> None:

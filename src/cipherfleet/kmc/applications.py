@@ -137,17 +137,17 @@ def _check_sequence(statement: ApplicationStatement, consumer: store.Consumer) -
 
 
 def _put(connection: Connection, statement: ApplicationStatement, signed: Signed, issued: Issued | None) -> None:
-    of_consumer = select(statements.c.name).where(statements.c.consumer == statement.consumer)
-    names = set(connection.scalars(of_consumer))
-    if statement.name not in names and statement.revoked:
+    of_consumer = select(statements.c.name, statements.c.serial).where(statements.c.consumer == statement.consumer)
+    serials = {row.name: row.serial for row in connection.execute(of_consumer)}
+    if statement.name not in serials and statement.revoked:
         raise ApplicationUnknown(f"{statement.consumer} has no application {statement.name}")
-    if statement.name not in names and len(names) >= MAX_APPLICATIONS:
+    if statement.name not in serials and len(serials) >= MAX_APPLICATIONS:
         raise LimitReached(f"a consumer has at most {MAX_APPLICATIONS} applications")
     values = {
         "consumer": statement.consumer,
         "name": statement.name,
         "statement": codec.encode(signed),
-        "serial": issued.serial if issued is not None else "",
+        "serial": issued.serial if issued is not None else serials[statement.name],
         "revoked": statement.revoked,
     }
     connection.execute(upsert(statements).values(values).on_conflict_do_update(index_elements=["consumer", "name"], set_=values))

@@ -18,6 +18,7 @@ from cipherfleet.kmc.registry import Issued, Registry
 
 ROOT_KEY, SIGNING_KEY = Label("root-key"), Label("kmc-signing")
 REFUSALS_PER_MINUTE = 60
+KEEP_EXPIRED_S = 30 * 86400
 
 
 class Center:
@@ -66,6 +67,11 @@ class Center:
             if revoked:
                 center.registry.revoke([issued.serial])
         return center
+
+    async def forget_expired(self, now: float) -> None:
+        """Certificates that nobody can show any more."""
+        self.registry.forget_expired(now)
+        await self.database.write(partial(store.forget_vcm_certificates, before=now - KEEP_EXPIRED_S))
 
     def recorded(self, issued: Issued, superseded: Iterable[Serial] = ()) -> None:
         """A certificate was committed, and others revoked with it."""

@@ -9,6 +9,7 @@ import errno
 import os
 import sqlite3
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ T = TypeVar("T")
 MIGRATIONS = "cipherfleet.kmc:migrations"
 FILE = "kmc.sqlite"
 BUSY_S = 10.0
+THREADS = 4
 
 
 class Database:
@@ -35,6 +37,8 @@ class Database:
     def __init__(self, engine: Engine, where: Path) -> None:
         self._engine, self._where = engine, where
         self._writing = asyncio.Lock()
+        # Threads of its own: those that wait for the HSM must not keep a revocation from the disk.
+        self._threads = ThreadPoolExecutor(THREADS, "database")
 
     @staticmethod
     def open(folder: Path) -> "Database":
@@ -56,7 +60,7 @@ class Database:
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         """``work`` sees one state of the database, whatever is written meanwhile."""
-        return await _to_its_end(asyncio.to_thread(self._transact, work, "BEGIN"))
+        return await _to_its_end(self._in_thread(work, "BEGIN"))
 
     async def write(self, work: Callable[[Connection], T], committed: Callable[[T], object] = lambda _: None) -> T:
         """All of ``work`` is committed to disk, or none of it.
@@ -67,14 +71,18 @@ class Database:
 
         async def in_order() -> T:
             async with self._writing:
-                result = await asyncio.to_thread(self._transact, work, "BEGIN IMMEDIATE")
+                result = await self._in_thread(work, "BEGIN IMMEDIATE")
                 committed(result)
                 return result
 
         return await _to_its_end(in_order())
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._engine.dispose)
+        await asyncio.to_thread(self._threads.shutdown)
+        self._engine.dispose()
+
+    async def _in_thread(self, work: Callable[[Connection], T], begin: str) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._transact, work, begin)
 
     def _transact(self, work: Callable[[Connection], T], begin: str) -> T:
         with _seam(self._where), self._engine.connect().execution_options(begin=begin) as connection, connection.begin():

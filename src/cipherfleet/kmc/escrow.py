@@ -10,7 +10,7 @@ from sqlalchemy import Connection, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from cipherfleet.channel import codec, signing
-from cipherfleet.contract.errors import ForeignConsumer, LimitReached, Malformed, StateConflict, TooLarge
+from cipherfleet.contract.errors import EscrowRowTampered, ForeignConsumer, LimitReached, Malformed, StateConflict, TooLarge
 from cipherfleet.contract.escrow import (
     EscrowRow,
     EscrowView,
@@ -154,12 +154,22 @@ def read_log(connection: Connection, consumer: ConsumerId, after: int) -> tuple[
 
 def _read_rows(connection: Connection, consumer: ConsumerId) -> tuple[EscrowRow, ...]:
     query = select(rows).where(rows.c.consumer == consumer).order_by(rows.c.key, rows.c.version)
-    return tuple(EscrowRow(**row._mapping) for row in connection.execute(query))
+    return tuple(
+        EscrowRow(row.consumer, row.key, row.version, _bytes(row.attributes), _bytes(row.wrapped)) for row in connection.execute(query)
+    )
 
 
 def _read_statements(connection: Connection, consumer: ConsumerId) -> tuple[StatementEntry, ...]:
     query = select(statements).where(statements.c.consumer == consumer).order_by(statements.c.name)
-    return tuple(StatementEntry(row.name, codec.decode(row.statement, Signed)) for row in connection.execute(query))
+    try:
+        return tuple(StatementEntry(row.name, codec.decode(_bytes(row.statement), Signed)) for row in connection.execute(query))
+    except Malformed as exc:
+        raise EscrowRowTampered(f"a statement of {consumer} cannot be read") from exc
+
+
+def _bytes(kept: bytes | str) -> bytes:
+    """SQLite lets whoever edits a database put a text where bytes belong: the reader's check shall find it, not ours."""
+    return kept.encode() if isinstance(kept, str) else kept
 
 
 def _store_row(connection: Connection, write: RowWrite) -> str:

@@ -37,6 +37,8 @@ from cipherfleet.kmc.service import Service
 TOKEN_BYTES = 32
 MAX_TOKENS = 256
 """Tokens of one consumer, used or not."""
+MAX_CERTIFICATES = 16
+"""Certificates of one VCM that are valid at the same time; two are usual."""
 MARK_PREFIX = b"cipherfleet download mark v1"
 
 
@@ -154,11 +156,17 @@ class IdentityDesk:
         return self._center.certification.chain(issued)
 
     async def renew(self, request: CertificateRequest, peer: Peer) -> Chain:
-        """A VCM's next certificate, for as long as it is authorised. Raises ``VcmUnknown`` or what is wrong with the request."""
+        """A VCM's next certificate, for as long as it is authorised.
+
+        Raises ``VcmUnknown``, ``LimitReached`` or what is wrong with the request.
+        """
         id_, consumer = VcmId(peer.identity.id), peer.identity.consumer
         vcm = await self._center.database.read(partial(store.find_vcm, id_=id_))
         if vcm is None or vcm.consumer != consumer:
             raise VcmUnknown(f"{id_} is not authorised")
+        now = self._center.wall_clock()
+        if sum(own.not_after > now for own in self._center.registry.active(peer.identity)) >= MAX_CERTIFICATES:
+            raise LimitReached(f"{id_} has {MAX_CERTIFICATES} certificates, no more")
         issued = await self._issue(vcm, subject_key(request.csr, Role.VCM))
 
         def commit(connection: Connection) -> None:

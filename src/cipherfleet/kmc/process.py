@@ -126,7 +126,10 @@ async def _upkeep(kmc: KmcServer, enrolment: Enrolment, host: str, *, every: flo
     while True:
         await asyncio.sleep(every)
         now = center.wall_clock()
-        center.registry.forget_expired(now)
+        try:
+            await center.forget_expired(now)
+        except CipherfleetError as exc:
+            log.warning("old certificates are kept: %s", exc.code)
         if any(own.not_after - now > center.settings.process_certificate_days * 86400 / 3 for own in center.registry.active(KMC)):
             continue
         try:

@@ -82,12 +82,13 @@ class Revocation:
         commit: Callable[[Connection], tuple[Serial, ...]],
         serials: tuple[Serial, ...],
     ) -> None:
-        """The farewells and the disk side by side; then the connections, even when the disk failed."""
-        written = self._center.database.write(commit, self._beyond(serials))
+        """The farewells and the disk side by side; connections are cut after the farewells, whatever the disk does."""
+        written = asyncio.ensure_future(self._center.database.write(commit, self._beyond(serials)))
         try:
-            await asyncio.gather(*(channel.closed(FAREWELL_S) for channel in closing), written)
+            await asyncio.gather(*(channel.closed(FAREWELL_S) for channel in closing))
         finally:
             self._center.revoked(serials)
+            await written
 
     def _beyond(self, serials: tuple[Serial, ...]) -> Callable[[tuple[Serial, ...]], None]:
         """What the database revoked beyond ``serials``: issued while the revocation was on its way."""

@@ -88,7 +88,7 @@ statements = Table(
     Column("consumer", String, ForeignKey("consumers.name"), primary_key=True),
     Column("name", String, primary_key=True),
     Column("statement", BLOB, nullable=False),  # Signed, as JSON
-    Column("serial", String, nullable=False),  # of the certificate issued for it; empty when it signs the application out
+    Column("serial", String, nullable=False),  # of the certificate that was issued last
     Column("revoked", Boolean, nullable=False),  # by the consumer's statement or by the operator
 )
 

@@ -112,6 +112,12 @@ def revoke_holders(
     return found
 
 
+def forget_vcm_certificates(connection: Connection, before: float) -> int:
+    """Those that expired long ago; there is a new one every few minutes. How many there were."""
+    gone = (certificates.c.role == Role.VCM) & (certificates.c.not_after < before)
+    return connection.execute(delete(certificates).where(gone)).rowcount
+
+
 def revoke_cards(connection: Connection, machine: MachineId) -> tuple[Serial, ...]:
     """Every card that a machine had; the serials it concerned."""
     query = select(certificates.c.serial).where(

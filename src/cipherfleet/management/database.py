@@ -6,6 +6,7 @@ stands in this file.
 
 import asyncio
 import errno
+import logging
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -89,6 +90,7 @@ def _begin(connection: Connection) -> None:
 
 
 def _migrate(engine: Engine, path: Path) -> None:
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # what it does at every start is no news
     config = Config()
     config.set_main_option("script_location", MIGRATIONS)
     config.set_main_option("path_separator", "os")

@@ -2,6 +2,7 @@
 
 import copy
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -298,11 +299,12 @@ async def test_a_ca_key_stays_in_the_hsm(world: World) -> None:
     assert key.curve.name == "secp256r1"
     assert copy.copy(key) is key
     assert copy.deepcopy(key) is key
-    for attempt in (
+    attempts: tuple[Callable[[], object], ...] = (
         lambda: key.private_numbers(),
         lambda: key.private_bytes(None, None, None),
         lambda: key.exchange(ec.ECDH(), key.public_key()),
         lambda: key.sign(b"", ec.ECDSA(hashes.SHA512())),
-    ):
+    )
+    for attempt in attempts:
         with pytest.raises(RuntimeError):
             attempt()

@@ -183,12 +183,13 @@ async def test_two_consumers_see_nothing_of_each_other(world: World, alice: Test
 # -- whoever runs the database -----------------------------------------------------------------------------------------
 
 
-async def tamper(world: World, *statements: str) -> None:
+async def tamper(world: World, *statements: str, values: tuple[object, ...] = ()) -> None:
     """As the operator could: the KMC stops, the database is edited, the KMC starts."""
     await world.stop()
     with sqlite3.connect(world.folder / "kmc.sqlite") as connection:
         for statement in statements:
-            assert connection.execute(statement).rowcount > 0
+            assert connection.execute(statement, values[: statement.count("?")]).rowcount > 0
+            values = values[statement.count("?") :]
     connection.close()
     await world.start(int(world.url.rpartition(":")[2]))
 
@@ -203,6 +204,7 @@ async def tamper(world: World, *statements: str) -> None:
         ("DELETE FROM log WHERE sequence = 2", EscrowRolledBack),
         ("UPDATE log SET digest = x'00' WHERE sequence = 1", EscrowRolledBack),
         ("DELETE FROM statements", EscrowRolledBack),
+        ("UPDATE statements SET statement = '{}'", EscrowRowTampered),
     ],
 )
 async def test_a_tampered_database_shows(
@@ -212,9 +214,8 @@ async def test_a_tampered_database_shows(
     await alice.application()
     seen = checked(await view_of(vcm), alice)
     await tamper(world, statement)
-    view = await view_of(vcm)
     with pytest.raises(error):
-        checked(view, alice, seen)
+        checked(await view_of(vcm), alice, seen)
 
 
 async def test_a_rolled_back_database_shows(world: World, alice: TestConsumer, vcm: TestVcm) -> None:
@@ -225,11 +226,11 @@ async def test_a_rolled_back_database_shows(world: World, alice: TestConsumer, v
     seen = checked(await view_of(vcm), alice)
     old = checked(before, alice)
     undo = (
-        f"UPDATE rows SET wrapped = x'{row.wrapped.hex()}'",
+        "UPDATE rows SET wrapped = ?",
         "DELETE FROM log WHERE sequence = 2",
-        f"UPDATE consumers SET sequence = 1, head = x'{old.head.hex()}'",
+        "UPDATE consumers SET sequence = 1, head = ?",
     )
-    await tamper(world, *undo)
+    await tamper(world, *undo, values=(row.wrapped, old.head))
     view = await view_of(vcm)
     assert checked(view, alice) == old  # the HSM signs what it is told: consistent, but older than what was seen
     with pytest.raises(EscrowRolledBack):

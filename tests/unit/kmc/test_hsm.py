@@ -75,6 +75,22 @@ async def test_a_label_is_given_once(hsm: EmbeddedHsm) -> None:
         await hsm.generate_wrap_key(CA)
 
 
+async def test_a_label_that_another_call_takes_first(hsm: EmbeddedHsm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a reply that got lost: the key is there, though ``find`` had not seen it."""
+    handle, wrap = await hsm.generate_key_pair(CA), await hsm.generate_wrap_key(ROOT)
+    find, unseen = hsm.find, {CA, ROOT}
+
+    async def late(label: Label) -> KeyHandle | None:
+        if label in unseen:
+            unseen.remove(label)
+            return None
+        return await find(label)
+
+    monkeypatch.setattr(hsm, "find", late)
+    assert await ensure_key_pair(hsm, CA) == handle
+    assert await ensure_wrap_key(hsm, ROOT) == wrap
+
+
 async def test_a_handle_does_only_what_its_key_is_for(hsm: EmbeddedHsm) -> None:
     pair, wrap = await hsm.generate_key_pair(CA), await hsm.generate_wrap_key(ROOT)
     unknown = KeyHandle("0" * 32)

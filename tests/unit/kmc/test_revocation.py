@@ -17,6 +17,7 @@ from cipherfleet.contract.errors import (
     Exists,
     KmcUnavailable,
     LeaseExpired,
+    LimitReached,
     ServiceOff,
     TokenStale,
     UkeyAbsent,
@@ -38,6 +39,7 @@ from cipherfleet.contract.kmc_api import (
 )
 from cipherfleet.contract.messages import CertificateRequest, Chain
 from cipherfleet.contract.statements import Purpose
+from cipherfleet.kmc import identity, store
 from cipherfleet.kmc.requests import subject_key
 from cipherfleet.kmc.revocation import UKEY_REMOVED
 from tests.unit.kmc.world import FAST, Conversation, TestConsumer, TestVcm, World, start_vcm, world_in
@@ -273,6 +275,32 @@ async def test_a_renewed_certificate(world: World) -> None:
     for caller in (newer, vcm.caller):
         with pytest.raises((CertificateRevoked, KmcUnavailable)):
             await caller.call("GET", "/v1/escrow", reply=EscrowView)
+
+
+async def test_certificates_of_a_vcm_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, vcm = await serving(world)
+    monkeypatch.setattr(identity, "MAX_CERTIFICATES", 2)
+    request = CertificateRequest(vcm.certificate_request().csr)
+    await vcm.caller.call("POST", "/v1/certificate", request, reply=Chain)
+    with pytest.raises(LimitReached):
+        await vcm.caller.call("POST", "/v1/certificate", request, reply=Chain)
+
+
+async def test_expired_certificates_are_forgotten(world: World) -> None:
+    alice, _, vcm = await serving(world)
+    now = world.clock()
+
+    async def kept() -> int:
+        return len(await world.database.read(lambda connection: store.read_certificates(connection, 0)))
+
+    before = await kept()
+    await world.center.forget_expired(now + FAST.vcm_certificate_s + 3601)
+    assert world.center.registry.serials(Role.VCM, alice.name) == ()
+    with pytest.raises(CertificateInvalid):
+        await vcm.caller.call("GET", "/v1/escrow", reply=EscrowView)
+    assert await kept() == before  # in the table for a while longer
+    await world.center.forget_expired(now + 31 * 86400)
+    assert await kept() == before - 1
 
 
 async def test_a_certificate_that_the_table_does_not_know(world: World) -> None:

@@ -30,6 +30,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="cipherfleet-test-"))
         self.world: World | None = None
         self.plugged: dict[ConsumerId, FakeTerminal] = {}
+        self.asked: list[asyncio.Task[None]] = []
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self.runner.run(work)
@@ -130,6 +131,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     async def check(self) -> None:
         await self.mend()
+        await asyncio.gather(*self.asked)
         for consumer in list(self.plugged):  # every Ukey that is in is plugged in anew, and has service
             await self.plugged[consumer].end()
             self.plugged[consumer] = self.running.terminal(consumer)
@@ -162,8 +164,13 @@ class AnyOrder(RuleBasedStateMachine):
                 await peer.start()
 
     async def ask(self, method: str, path: str, body: object, *, hurry: bool) -> None:
-        with suppress(CipherfleetError):
-            await self.running.operator.call(method, path, body, reply=VcmDetail, timeout=0.05 if hurry else None)
+        async def call() -> None:
+            with suppress(CipherfleetError):
+                await self.running.operator.call(method, path, body, reply=VcmDetail)
+
+        task = asyncio.create_task(call())
+        self.asked.append(task)
+        await asyncio.wait({task}, timeout=0.05 if hurry else None)
 
     async def on_a_vcm(self, which: int, work: Any) -> None:
         found = (await self.running.vcms()).vcms

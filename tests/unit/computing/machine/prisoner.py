@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -134,7 +135,7 @@ def attempts(orders: Orders) -> dict[str, str]:
         "read its code": lambda: Path(msgspec.__file__).read_bytes(),
         "memfd": lambda: os.write(os.memfd_create("x"), b"x"),
         # the file system
-        **{f"read {path}": (lambda path=path: read(path)) for path in orders.forbidden},
+        **{f"read {path}": partial(read, path) for path in orders.forbidden},
         "list the root": lambda: os.listdir("/"),  # noqa: PTH208
         "write to /tmp": lambda: write("/tmp/x"),
         "write to /dev/shm": lambda: write("/dev/shm/x"),
@@ -142,7 +143,7 @@ def attempts(orders: Orders) -> dict[str, str]:
         "write to the relay's folder": lambda: write(f"{Path(orders.relay).parent}/x"),
         "write its code": lambda: write(msgspec.__file__ + "x"),
         "open /proc of the host": lambda: Path(f"/proc/{orders.host_pid}/environ").read_bytes(),
-        "mkdir": lambda: os.mkdir("/tmp/y"),
+        "mkdir": lambda: Path("/tmp/y").mkdir(),
         # the network
         "socket inet": lambda: socket.socket(socket.AF_INET).close(),
         "socket inet6": lambda: socket.socket(socket.AF_INET6).close(),

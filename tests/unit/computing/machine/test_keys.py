@@ -285,7 +285,7 @@ def rewrite_history(consumer: FakeConsumer, key: KeyId) -> None:
 
 
 def make_foreign(consumer: FakeConsumer, key: KeyId) -> None:
-    consumer.rows[key, 1] = msgspec.structs.replace(consumer.rows[key, 1], consumer=consumer.name + "x")  # type: ignore[arg-type]
+    consumer.rows[key, 1] = msgspec.structs.replace(consumer.rows[key, 1], consumer=consumer.name + "x")
 
 
 def invent_row(consumer: FakeConsumer, key: KeyId) -> None:

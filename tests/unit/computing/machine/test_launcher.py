@@ -3,6 +3,7 @@
 import asyncio
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -137,7 +138,7 @@ async def test_it_is_the_first_process_of_its_own_and_knows_nothing_of_ours(cell
     if cell.isolation.launcher == "bubblewrap":
         assert cell.findings.pid == 1
         assert set(cell.findings.folders) <= {"/etc", "/tmp", "/run", "/work", "/root"}
-        assert "vcm-test" != socket.gethostname()
+        assert socket.gethostname() != "vcm-test"
 
 
 async def test_no_other_descriptor_of_ours_is_in_it(cell: Cell) -> None:
@@ -190,12 +191,12 @@ async def test_the_best_launcher_that_works_is_found(monkeypatch: pytest.MonkeyP
     broken = tmp_path / "bwrap"
     broken.write_text("#!/bin/sh\necho no namespaces here >&2\nexit 1\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(launching.shutil, "which", lambda _: str(broken))
+    monkeypatch.setattr(shutil, "which", lambda _: str(broken))
     assert (await Launcher.find()).kind == "unshare"
     broken.write_text("#!/bin/sh\nexec sleep 60\n")
     monkeypatch.setattr(launching, "PROBE_S", 0.2)
     assert (await Launcher.find()).kind == "unshare"
-    monkeypatch.setattr(launching.shutil, "which", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     assert (await Launcher.find()).kind == "unshare"
 
 

@@ -1,16 +1,13 @@
 """A VCM's listening socket, on this host and in a namespace of its own."""
 
-import os
-import secrets
 import socket
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cipherfleet.computing.listening import open_listening, parse_address
 from cipherfleet.contract.errors import IsolationUnavailable, Malformed, PortTaken
+from tests.unit.computing.machine.conftest import reachable_from
 
 
 @pytest.mark.parametrize("address", ["", "127.0.0.1", "host:80", "127.0.0.1:x", "127.0.0.1:70000", "127.0.0.1:-1"])
@@ -47,17 +44,6 @@ async def test_a_namespace_that_is_not_there_is_said() -> None:
         await open_listening("127.0.0.1:0", "cf-not-there")
 
 
-@pytest.fixture
-def namespace() -> Iterator[str]:
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    name = f"cft{secrets.token_hex(3)}"
-    subprocess.run(["ip", "netns", "add", name], check=True)
-    subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
-    yield name
-    subprocess.run(["ip", "netns", "del", name], check=True)
-
-
 @pytest.mark.root
 async def test_in_a_namespace_it_is_reachable_there_alone_and_nobody_else_moves(namespace: str) -> None:
     before = Path("/proc/self/ns/net").readlink()
@@ -66,8 +52,6 @@ async def test_in_a_namespace_it_is_reachable_there_alone_and_nobody_else_moves(
         assert Path("/proc/self/ns/net").readlink() == before
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port), timeout=2)
-        inside = f"import socket; socket.create_connection(('127.0.0.1', {port}), timeout=2); print('in')"
-        done = subprocess.run(["ip", "netns", "exec", namespace, "python3", "-c", inside], capture_output=True, check=False)
-        assert done.stdout == b"in\n"
+        assert reachable_from(namespace, "127.0.0.1", port)
         with pytest.raises(PortTaken):
             await open_listening(f"127.0.0.1:{port}", namespace)

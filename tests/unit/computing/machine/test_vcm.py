@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cipherfleet.channel import codec
+from cipherfleet.computing.vcm import Ending
 from cipherfleet.computing.vcm_boot import News
-from cipherfleet.computing.vcm_process import Ending
 from cipherfleet.contract.errors import (
     ApplicationUnknown,
     CertificateInvalid,
@@ -24,6 +24,7 @@ from cipherfleet.contract.errors import (
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.kmc_api import CertificatesRevoked, CmkDelivered, EscrowChanged, LeaseGranted
 from cipherfleet.contract.machine_api import VcmState
+from cipherfleet.contract.messages import Done
 from cipherfleet.contract.statements import Right
 from cipherfleet.contract.vcc import CardDescription, Operation
 from cipherfleet.contract.vcm import VcmHost
@@ -100,7 +101,7 @@ async def test_without_a_new_lease_everything_is_closed_when_the_old_one_ends(tm
     async with vcm_of(kmc, tmp_path, heartbeat_s=0.1) as vcm:
         await serving(vcm)
         async with vcm.caller() as client:
-            hanging = asyncio.create_task(client.call("GET", "/v1/hang"))
+            hanging = asyncio.create_task(client.call("GET", "/v1/hang", reply=Done))
             await client.call("GET", "/v1/authorise")
             kmc.plugged_in = False
             ending = await vcm.ending()
@@ -139,7 +140,7 @@ async def test_revoked_ends_it_at_once(tmp_path: Path, kmc: FakeKmc) -> None:
         await serving(vcm)
         async with vcm.caller() as client:
             await client.call("GET", "/v1/authorise")
-            hanging = asyncio.create_task(client.call("GET", "/v1/hang"))
+            hanging = asyncio.create_task(client.call("GET", "/v1/hang", reply=Done))
             await asyncio.sleep(0)
             began = time.monotonic()
             await kmc.revoke(vcm.id)
@@ -190,7 +191,7 @@ async def test_a_revoked_application_is_cut_off(tmp_path: Path, kmc: FakeKmc) ->
         credentials = vcm.consumer.application("billing")
         async with vcm.caller_of(credentials) as client:
             await client.call("GET", "/v1/authorise")
-            hanging = asyncio.create_task(client.call("GET", "/v1/hang"))
+            hanging = asyncio.create_task(client.call("GET", "/v1/hang", reply=Done))
             await client.call("GET", "/v1/authorise")
             await kmc.tell(vcm.id, CertificatesRevoked((serial(credentials),)))
             with pytest.raises(CipherfleetError):
