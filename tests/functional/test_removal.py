@@ -191,3 +191,14 @@ def test_the_ukey_back_the_service_is_on_again(shared_cloud: TestCloud, consumer
             print(f"Ukey back -> service on {boottime() - back:.2f} s")  # noqa: T201
             assert client.decrypt(ciphertext) == b"kept"
     eventually(lambda: consumer.service == "on", what="management says so too")
+
+
+def test_plugging_in_again_finds_the_agent_that_is_there(shared_cloud: TestCloud, consumer: Consumer) -> None:
+    first = consumer.plug_in()
+    consumer.pull()
+    eventually(lambda: consumer.vcms() == [], what="VCMs are deleted")
+    consumer.put_back()
+    second = consumer.plug_in()
+    assert (second["consumer"], second["endpoint"]) == (consumer.name, first["endpoint"])
+    assert second["vcm"] != first["vcm"]
+    assert len([p for p in shared_cloud.processes("terminal") if p.consumer == consumer.name]) == 1

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,10 +56,10 @@ def working(text: str, *, quiet: bool) -> Iterator[Any]:
 
 
 @contextmanager
-def transfer(text: str, total: int | None, *, quiet: bool) -> Iterator[Any]:
-    """A progress bar over bytes; ``advance(n)`` moves it."""
+def transfer(text: str, total: int | None, *, quiet: bool) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar over bytes; ``moved(done, total)`` moves it."""
     if quiet or not errors.is_terminal:
-        yield lambda _bytes: None
+        yield lambda _done, _total: None
         return
     columns = (
         SpinnerColumn(),
@@ -71,4 +71,4 @@ def transfer(text: str, total: int | None, *, quiet: bool) -> Iterator[Any]:
     )
     with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task(text, total=total)
-        yield lambda n: bar.advance(task, n)
+        yield lambda done, _total: bar.update(task, completed=done)

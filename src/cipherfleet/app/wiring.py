@@ -30,6 +30,7 @@ from cipherfleet.channel.client import Caller
 from cipherfleet.channel.process import ProcessEntry, register, running, start_daemon
 from cipherfleet.computing.machine import MachineConfig
 from cipherfleet.contract.errors import (
+    AlreadyRunning,
     CipherfleetError,
     Conflict,
     DiskFull,
@@ -44,7 +45,8 @@ from cipherfleet.contract.errors import (
     TimedOut,
 )
 from cipherfleet.contract.identities import Identity, Role
-from cipherfleet.contract.ids import MachineId
+from cipherfleet.contract.ids import ConsumerId, MachineId
+from cipherfleet.contract.machine_api import VcmState
 from cipherfleet.contract.management_api import MachineRegistration, PlatformStatus
 from cipherfleet.contract.messages import CertificateRequest, Chain
 from cipherfleet.contract.settings import Settings
@@ -52,6 +54,7 @@ from cipherfleet.kmc.process import HsmConfig, KmcConfig, KmcReady
 from cipherfleet.management.drivers.local_domain import sweep_network
 from cipherfleet.management.process import ManagementConfig
 from cipherfleet.terminal.process import TerminalConfig
+from cipherfleet.terminal.ukey import read_record
 
 STATE_VERSION = 1
 PORT = 7443
@@ -181,10 +184,25 @@ class Cloud:
         return TerminalConfig(str(ukey.absolute()), pin, str(self.run_folder), self.record.settings)
 
     async def start_terminal(self, ukey: Path, pin: str, *, timeout: float = 60.0) -> bytes:
-        """A consumer's terminal agent in the background; the JSON it reports once the service is on."""
+        """A consumer's terminal agent in the background; the JSON it reports once the service is on.
+
+        When its agent runs already (it stays when a Ukey is pulled and put back), this waits for the service just the same.
+        """
         config = self.terminal_config(ukey, pin)
         log = self._folder("logs") / f"terminal-{ukey.name}.log"
-        return await asyncio.to_thread(start_daemon, _command("terminal"), config, log_file=log, timeout=timeout)
+        try:
+            return await asyncio.to_thread(start_daemon, _command("terminal"), config, log_file=log, timeout=timeout)
+        except AlreadyRunning:
+            return await self._service_on(read_record(ukey).consumer, timeout)
+
+    async def _service_on(self, consumer: ConsumerId, timeout: float) -> bytes:
+        async with self.management() as management:
+            async for _ in _until(timeout, f"the service of {consumer}"):
+                platform = await management.call("GET", "/v1/status", reply=PlatformStatus)
+                for vcm in platform.vcms:
+                    if vcm.consumer == consumer and vcm.state is VcmState.SERVING:
+                        return codec.encode({"consumer": consumer, "vcm": vcm.id, "endpoint": vcm.endpoint})
+        raise RuntimeError("unreachable: _until raises")
 
     # -- starting ------------------------------------------------------------------------------------------------------
 

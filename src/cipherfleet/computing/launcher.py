@@ -27,8 +27,7 @@ PROBE_S = 10.0
 REAP_S = 2.0
 _TEMPORARY_BYTES = 1024 * 1024
 _SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/etc/ssl/openssl.cnf")
-# An arena for each thread would eat up the address space; a ring for system calls would pass by the filter of system calls.
-_ENVIRONMENT = {"LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "2"}
+_ENVIRONMENT = {"LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "2"}  # an arena for each thread would eat up the address space
 
 VCM_COMMAND = (sys.executable, "-I", "-B", "-m", "cipherfleet.app.roles", "vcm")
 

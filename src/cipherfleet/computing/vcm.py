@@ -9,7 +9,6 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Protocol
 
 import msgspec
 
@@ -33,12 +32,6 @@ class Ending(msgspec.Struct, frozen=True):
 
     code: str
     message: str
-
-
-class Remaining(Protocol):
-    """How long the lease in force lasts, seconds."""
-
-    def __call__(self) -> float: ...
 
 
 class WatchedCard:
@@ -72,7 +65,7 @@ class Vcm:
         self._logins = Logins(id_, consumer, self._card)
         self._doors: tuple[Server, socket.socket] | None = None
         self.serving = False
-        self.remaining: Remaining = lambda: 0.0
+        self.remaining: Callable[[], float] = lambda: 0.0  # seconds that the lease in force lasts
         self.ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
 
     # -- the port ------------------------------------------------------------------------------------------------------

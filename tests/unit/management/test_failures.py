@@ -243,7 +243,7 @@ async def test_an_instance_is_stopped_at_removal_though_the_kmc_is_gone(world: W
     async def stopped() -> bool:
         return not machine.vcms
 
-    await until(stopped, timeout=1.0)
+    await until(stopped, timeout=2.0)
     await world.kmc.start()
     await world.clean()
 

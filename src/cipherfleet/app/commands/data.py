@@ -6,7 +6,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -104,8 +104,8 @@ def _stream(verb: str, profile: Path, source: Path | None, out: Path | None, as_
         written = 0
         async with Client(profile) as client:
             call = getattr(client, f"{verb}_stream")
-            with _opened(source) as data, output.transfer(verb, _size(source), quiet=as_json) as advance, _target(out, as_json) as target:
-                produced: AsyncIterator[bytes] = call(data=_counted(data, advance), **how)
+            with _opened(source) as data, output.transfer(verb, _size(source), quiet=as_json) as moved, _target(out, as_json) as target:
+                produced: AsyncIterator[bytes] = call(data=data, progress=moved, **how)
                 async for piece in produced:
                     target.write(piece)
                     written += len(piece)
@@ -116,12 +116,6 @@ def _stream(verb: str, profile: Path, source: Path | None, out: Path | None, as_
     written = run(work())
     if as_json and out is not None:
         output.document({"file": str(out), "bytes": written})
-
-
-async def _counted(data: IO[bytes], advance: Any) -> AsyncIterator[bytes]:
-    while piece := data.read(1024 * 1024):
-        yield piece
-        advance(len(piece))
 
 
 def _deliver(value: bytes, out: Path | None, as_json: bool, **facts: Any) -> None:

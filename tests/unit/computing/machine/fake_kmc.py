@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, hpke
 from cryptography.hazmat.primitives.asymmetric import ec, mlkem, padding, rsa, x25519
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from cipherfleet.channel import codec
 from cipherfleet.channel.certificates import (
@@ -28,7 +29,7 @@ from cipherfleet.channel.server import Call, Server
 from cipherfleet.contract.errors import ServiceOff, StateConflict, TokenStale
 from cipherfleet.contract.escrow import EscrowRow, EscrowView, LogEntry, StatementEntry, extend, genesis, row_digest, statement_digest
 from cipherfleet.contract.identities import Identity, Peer, Role
-from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, VcmId
+from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, Serial, VcmId
 from cipherfleet.contract.kmc_api import (
     AuditEntry,
     AuditLog,
@@ -194,8 +195,6 @@ class FakeConsumer:
 
 def peer(credentials: Credentials) -> Peer:
     """What a server makes of a client with these credentials."""
-    from cryptography.hazmat.primitives.serialization import Encoding
-
     return peer_of(leaf(credentials.chain).public_bytes(Encoding.DER))
 
 
@@ -218,7 +217,7 @@ class FakeKmc:
         self.platform = self.root.subordinate("platform")
         self.channels: dict[VcmId, Frames[Any, Any]] = {}
         self.cards: dict[CardId, tuple[bytes, bytes]] = {}
-        self.first_revoked: tuple[str, ...] = ()
+        self.first_revoked: tuple[Serial, ...] = ()
         self.changed = asyncio.Condition()
         self.address = ("127.0.0.1", 0)
         self._make_server()
@@ -337,7 +336,7 @@ class FakeKmc:
         vcm, consumer = VcmId(call.peer.identity.id), self.consumers[call.peer.identity.consumer]
         channel = await call.frames(VcmToKmc)
         self.channels[vcm] = channel
-        await channel.send(CertificatesRevoked(tuple(serial_of_text(s) for s in self.first_revoked)))
+        await channel.send(CertificatesRevoked(self.first_revoked))
         await self._saw("vcm")
         async for frame in channel:
             match frame:
@@ -356,11 +355,7 @@ class FakeKmc:
         return channel.response
 
 
-def serial_of_text(serial: str) -> Any:
-    return serial
-
-
-def serial(credentials: Credentials) -> Any:
+def serial(credentials: Credentials) -> Serial:
     return serial_of(leaf(credentials.chain))
 
 

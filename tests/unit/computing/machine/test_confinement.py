@@ -41,6 +41,11 @@ def in_cell(work: Callable[[], T]) -> T:
     return result
 
 
+def close_pair() -> None:
+    for end in socket.socketpair():
+        end.close()
+
+
 def refusal(work: Callable[[], object]) -> int:
     try:
         work()
@@ -105,7 +110,7 @@ def test_seccomp_refuses_what_is_not_listed() -> None:
         confinement_seccomp.restrict()
         return [
             refusal(lambda: socket.socket(socket.AF_UNIX).close()),
-            refusal(lambda: [end.close() for end in socket.socketpair()]),
+            refusal(close_pair),
             refusal(lambda: socket.socket(socket.AF_INET).close()),
             refusal(lambda: os.kill(os.getpid(), 0)),
             refusal(lambda: os.sched_setaffinity(0, {0})),

@@ -22,6 +22,7 @@ from cipherfleet.contract.errors import (
     TokenStale,
 )
 from cipherfleet.contract.identities import Identity, Role
+from cipherfleet.contract.ids import Serial
 from cipherfleet.contract.kmc_api import CertificatesRevoked, CmkDelivered, EscrowChanged, LeaseGranted
 from cipherfleet.contract.machine_api import VcmState
 from cipherfleet.contract.messages import Done
@@ -124,7 +125,7 @@ async def test_after_the_kmc_came_back_service_goes_on(tmp_path: Path, kmc: Fake
     async with vcm_of(kmc, tmp_path, heartbeat_s=0.1) as vcm:
         await kmc.until("Serving")
         await kmc.stop()
-        kmc.first_revoked = ("abc",)
+        kmc.first_revoked = (Serial("abc"),)
         vcm.consumer.application("late")  # while nobody could tell
         seen = dict(kmc.seen)
         await kmc.restart()
