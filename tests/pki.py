@@ -27,6 +27,29 @@ def _usage(*, ca: bool) -> x509.KeyUsage:
     )
 
 
+def leaf_builder(
+    uri: str, public_key: PublicKey, issuer: x509.Name, issuer_key: ec.EllipticCurvePublicKey, lifetime: timedelta = timedelta(hours=1)
+) -> x509.CertificateBuilder:
+    """An application's or process's certificate, to be signed by whoever holds the CA's key."""
+    now = datetime.now(UTC)
+    identity = Identity.parse(uri)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, uri[:64])]))
+        .issuer_name(issuer)
+        .public_key(public_key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(minutes=5))
+        .not_valid_after(now + lifetime)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(ca=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key), critical=False)
+        .add_extension(alternative_names(identity, ()), critical=False)
+    )
+
+
 class Authority:
     """A CA: ``Authority("root")`` signs itself, ``root.subordinate("acme")`` is an intermediate."""
 
