@@ -23,6 +23,7 @@ from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.statements import ApplicationStatement, Right
 from cipherfleet.kmc.certification import domain_label
 from cipherfleet.kmc.hsm_keys import HsmPrivateKey
+from cipherfleet.terminal.ukey import DirectoryUkey
 from tests.pki import leaf_builder
 from tests.security.chain import open_hsm
 from tests.support import Consumer, TestCloud, eventually, refusal
@@ -68,6 +69,12 @@ def unplug(consumer: Consumer) -> None:
         consumer.cloud.end(agent)
     eventually(lambda: consumer.vcms() == [], what="VCMs are deleted")
     consumer.put_back()
+
+
+def seen(consumer: Consumer) -> int:
+    """How many changes of the escrow the Ukey knows of."""
+    with DirectoryUkey.open(consumer.ukey, consumer.pin) as ukey:
+        return ukey.memory.seen.sequence
 
 
 def test_the_untouched_database_serves(with_keys: Consumer) -> None:
@@ -121,9 +128,8 @@ def test_a_row_moved_between_consumers_is_found(cloud: TestCloud, with_keys: Con
 def test_a_row_set_back_is_found(cloud: TestCloud, with_keys: Consumer) -> None:
     """The disabled key's older row, enabled, was once genuine."""
     with contextlib.closing(sqlite3.connect(database(cloud))) as connection:
-        before = connection.execute(
-            "select key, attributes, wrapped from rows where consumer = ? and version = 0", (with_keys.name,)
-        ).fetchall()
+        query = "select key, attributes, wrapped from rows where consumer = ? and version = 0"
+        before = connection.execute(query, (with_keys.name,)).fetchall()
     with_keys.plug_in()
     with with_keys.client() as client:
         for key in client.list_keys():
@@ -145,7 +151,9 @@ def test_a_database_set_back_as_a_whole_is_found_by_the_ukey(cloud: TestCloud, w
     cloud.up()
     with_keys.plug_in()
     with with_keys.client() as client:
+        remembered = seen(with_keys)
         client.create_key("AES-256-GCM")
+    eventually(lambda: seen(with_keys) >= remembered + 2, what="a heartbeat brings the checkpoint")
     unplug(with_keys)
     cloud.kill("kmc", number=15)
     now = tmp_path / "now"

@@ -35,9 +35,9 @@ def _machine() -> int:
 
 
 def _card() -> int:
-    from cipherfleet.computing.card_process import CardConfig, main
+    from cipherfleet.computing.card_process import CardConfig, confined, main
 
-    return run(main, CardConfig, prepare=as_it_is)
+    return run(main, CardConfig, prepare=confined)
 
 
 def _vcm() -> int:

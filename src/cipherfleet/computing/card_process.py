@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NamedTuple
 
 from cipherfleet.channel import codec
 from cipherfleet.computing.card import Card
@@ -30,9 +31,21 @@ from cipherfleet.contract.machine_api import CardReport
 log = logging.getLogger(__name__)
 
 
-async def main(configuration: CardConfig, ready: Callable[[object], None], stop: asyncio.Event) -> None:
+class Confined(NamedTuple):
+    """A card that has confined itself, and what is in force."""
+
+    configuration: CardConfig
+    protection: Protection
+
+
+def confined(configuration: CardConfig) -> Confined:
+    """First of all, before there is a loop: a loop's io_uring would be a way around seccomp."""
+    return Confined(configuration, confine())
+
+
+async def main(process: Confined, ready: Callable[[object], None], stop: asyncio.Event) -> None:
     """A card's life: until ``stop``, or until its machine is gone."""
-    protection = confine()
+    configuration, protection = process
     card = Card(configuration.machine)
     server = CardServer(card)
     channel = ControlChannel(socket.socket(fileno=configuration.control))
@@ -95,4 +108,4 @@ def status(card: Card, protection: Protection) -> CardStatus:
     return CardStatus(report, vccs, protection)
 
 
-__all__ = ["CardConfig", "main"]
+__all__ = ["CardConfig", "confined", "main"]

@@ -68,6 +68,13 @@ class CipherfleetError(Exception):
         return kind(body.message, body.hint)
 
     @staticmethod
+    def from_text(text: str) -> "CipherfleetError":
+        """The error that a report tells as ``code: message``; without a known code it is ``service-off``."""
+        code, _, message = text.partition(": ")
+        kind = CipherfleetError._by_code.get(code, ServiceOff)
+        return kind(message if kind.code == code else text)
+
+    @staticmethod
     def codes() -> dict[str, type["CipherfleetError"]]:
         """All stable codes, for the reference and the tests."""
         return dict(CipherfleetError._by_code)

@@ -63,7 +63,7 @@ class VcmReport(Message, frozen=True):
     operations: int = 0
     bytes: int = 0
     keys: int = 0
-    error: str = ""
+    error: str = ""  # "code: message" of a failed one
 
 
 class CardReport(Message, frozen=True):

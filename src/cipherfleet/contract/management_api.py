@@ -87,7 +87,9 @@ class TerminalToManagement(msgspec.Struct, frozen=True, tag_field="type"):
 
 
 class Inserted(TerminalToManagement, frozen=True):
-    """step a: the Ukey is in, service is wanted (one VCM unless one is there)."""
+    """step a: the Ukey is in. ``wanted``: one VCM shall be there; not after the consumer deleted its last one."""
+
+    wanted: bool = True
 
 
 class IdentityAnswered(TerminalToManagement, frozen=True):

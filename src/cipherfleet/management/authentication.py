@@ -209,7 +209,7 @@ class Authentication:
                     gone = True
                     break
                 if isinstance(frame, Inserted):
-                    await self._insert(channel, presence)
+                    await self._insert(channel, presence, wanted=frame.wanted)
                 else:
                     channel.deliver(frame)
         except CipherfleetError as exc:
@@ -222,10 +222,11 @@ class Authentication:
         await frames.close()
         return frames.response
 
-    async def _insert(self, channel: TerminalChannel, presence: Presence) -> None:
+    async def _insert(self, channel: TerminalChannel, presence: Presence, *, wanted: bool) -> None:
         channel.inserted = True
         if self._channels.get(channel.consumer) is channel:
-            presence.inserted(channel.consumer)
+            if wanted:
+                presence.inserted(channel.consumer)
             async with self._arrived:
                 self._arrived.notify_all()
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 
-from cipherfleet.contract.errors import CipherfleetError, MachineUnavailable, PeerError, ServiceOff, UkeyAbsent
+from cipherfleet.contract.errors import CipherfleetError, MachineUnavailable, PeerError, UkeyAbsent
 from cipherfleet.contract.ids import ConsumerId, MachineId, VcmId, new_vcm_id, token_id_of
 from cipherfleet.contract.kmc_api import IdentityReply, VcmAuthorisation
 from cipherfleet.contract.lifecycle import Process
@@ -151,7 +151,7 @@ class Creation:
         if report is None:
             raise MachineUnavailable(f"{machine.id} no longer knows {self.vcm}")
         if report.state in (VcmState.FAILED, VcmState.DELETED, VcmState.DELETING):
-            raise ServiceOff(f"{self.vcm} is {report.state} on {machine.id}: {report.error[:200] or 'it gave no reason'}")
+            raise CipherfleetError.from_text(report.error[:500] or f"{self.vcm} is {report.state} on {machine.id} and gave no reason")
         return report
 
 

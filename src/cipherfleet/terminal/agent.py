@@ -111,6 +111,8 @@ class Agent:
             state.drop(service)
         if state.wanted:
             await self._ask()
+        else:
+            await state.management.send(Inserted(wanted=False))
 
     async def _ask(self) -> None:
         """step a: the Ukey is in, service is wanted. The answer is a creation, or the VCM that serves already."""
