@@ -2,8 +2,8 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
-import click
 import msgspec
 import typer
 
@@ -20,14 +20,12 @@ TARGET = Path(__file__).parent.parent / "docs" / "reference.md"
 def commands() -> list[str]:
     lines = ["## Commands", ""]
 
-    def walk(command: click.Command, path: str) -> None:
-        context = click.Context(command, info_name=path, max_content_width=120, terminal_width=120)
-        if isinstance(command, click.Group):
-            for name in command.list_commands(context):
-                found = command.get_command(context, name)
-                if found is not None:
-                    walk(found, f"{path} {name}")
+    def walk(command: Any, path: str) -> None:  # typer brings its own click, whose types are private
+        if subcommands := getattr(command, "commands", None):
+            for name, found in subcommands.items():
+                walk(found, f"{path} {name}")
             return
+        context = command.context_class(command, info_name=path, max_content_width=120, terminal_width=120)
         usage = " ".join(command.collect_usage_pieces(context))
         lines.extend([f"### `{path}`", "", command.help or "", "", "```", f"{path} {usage}", "```", ""])
         rows = [p.get_help_record(context) for p in command.params]
@@ -68,9 +66,8 @@ def error_codes() -> list[str]:
 
 def algorithms() -> list[str]:
     lines = ["## Algorithms", "", "| name | standard | kind | uses | profiles |", "|---|---|---|---|---|"]
-    for a in REGISTRY.values():
-        lines.append(f"| {a.name} | {a.standard} | {a.kind} | {', '.join(a.uses)} | {', '.join(a.profiles)} |")
-    return [*lines, ""]
+    rows = (f"| {a.name} | {a.standard} | {a.kind} | {', '.join(a.uses)} | {', '.join(a.profiles)} |" for a in REGISTRY.values())
+    return [*lines, *rows, ""]
 
 
 def text() -> str:

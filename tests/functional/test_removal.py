@@ -43,7 +43,7 @@ class Hammer:
         with SyncClient(self._profile) as client:
             while not self._stop.is_set():
                 began = boottime()
-                code = refusal(lambda: client.encrypt(self._key, b"tick"))  # type: ignore[arg-type]
+                code = refusal(lambda: client.encrypt(self._key, b"tick"))
                 self.events.append((began, boottime(), code))
                 if code:
                     time.sleep(0.005)
@@ -174,14 +174,14 @@ def test_terminal_kmc_and_management_killed_the_card_stops_alone(own_cloud: Test
     own_cloud.up()
     consumer.plug_in()
     with SyncClient(profile) as client:
-        assert client.decrypt(client.encrypt(key, b"again")) == b"again"  # type: ignore[arg-type]
+        assert client.decrypt(client.encrypt(key, b"again")) == b"again"
 
 
 def test_the_ukey_back_the_service_is_on_again(shared_cloud: TestCloud, consumer: Consumer) -> None:
     consumer.plug_in()
     profile, key = hammered(consumer)
     with SyncClient(profile) as client:
-        ciphertext = client.encrypt(key, b"kept")  # type: ignore[arg-type]
+        ciphertext = client.encrypt(key, b"kept")
         for _ in range(2):
             consumer.pull()
             eventually(lambda: refusal(lambda: client.random(1)), within=2.0)

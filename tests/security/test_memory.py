@@ -20,7 +20,7 @@ def test_keys_are_in_the_cards_memory_alone(own_cloud: TestCloud) -> None:
         chain = key_chain(own_cloud, consumer)
         secrets = chain.secrets()
         assert len(chain.deks) == 3
-        machine = own_cloud.vcm(vcm).vcm.machine
+        machine = str(own_cloud.vcm(vcm).vcm.machine)
         [serving] = [p for p in own_cloud.processes("card") if machine in p.id]
         assert in_memory(serving.pid, secrets) >= {"wrapping key", *(f"DEK {k}" for k in chain.deks)}, "positive control"
         for process in own_cloud.processes():

@@ -10,6 +10,7 @@
     operator   GET    /v1/applications                     -> ApplicationList
     operator   POST   /v1/applications/{consumer}/{name}/revoke -> Done
     operator   GET    /v1/audit?consumer=                  -> AuditLog
+    operator   GET    /v1/audit/verify?consumer=           -> AuditLog                        or audit-broken
     management POST   /v1/identity/challenges              ChallengeRequest -> Challenge
     management POST   /v1/identity/verify                  Signed[IdentityRequest] -> IdentityReply   (creation, deletion step 2)
     management PUT    /v1/vcms/{vcm}                       VcmAuthorisation -> Done           binds token, VCM, machine

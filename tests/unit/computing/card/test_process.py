@@ -255,11 +255,10 @@ async def test_an_ordinary_user_is_confined_too() -> None:
 
 
 async def test_the_life_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card_process, "confine", lambda: OPEN)
     ours, theirs = socket.socketpair()
     said: list[object] = []
     stop = asyncio.Event()
-    life = asyncio.create_task(card_process.main(CardConfig(M1, theirs.detach()), said.append, stop))
+    life = asyncio.create_task(card_process.main(card_process.Confined(CardConfig(M1, theirs.detach()), OPEN), said.append, stop))
     channel = ControlChannel(ours)
 
     async def ask(request: object, *descriptors: int) -> FromCard:
@@ -290,14 +289,15 @@ async def test_the_life_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_defect_does_not_end_the_card(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(card_process, "confine", lambda: OPEN)
 
     def broken(_: Card, __: Protection) -> None:
         raise ValueError("the secret is 4711")
 
     monkeypatch.setattr(card_process, "status", broken)
     ours, theirs = socket.socketpair()
-    life = asyncio.create_task(card_process.main(CardConfig(M1, theirs.detach()), lambda _: None, asyncio.Event()))
+    life = asyncio.create_task(
+        card_process.main(card_process.Confined(CardConfig(M1, theirs.detach()), OPEN), lambda _: None, asyncio.Event())
+    )
     channel = ControlChannel(ours)
     await channel.send(StatusWanted(1))
     answer = codec.decode(await channel.receive(), FromCard)
@@ -325,9 +325,10 @@ async def test_control_messages_of_any_size_and_none_too_large() -> None:
 
 
 async def test_what_the_machine_cannot_have_meant_ends_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card_process, "confine", lambda: OPEN)
     ours, theirs = socket.socketpair()
-    life = asyncio.create_task(card_process.main(CardConfig(M1, theirs.detach()), lambda _: None, asyncio.Event()))
+    life = asyncio.create_task(
+        card_process.main(card_process.Confined(CardConfig(M1, theirs.detach()), OPEN), lambda _: None, asyncio.Event())
+    )
     channel = ControlChannel(ours)
     await channel.send({"type": "Nonsense"})
     await life
