@@ -32,7 +32,7 @@ def test_the_reference_is_up_to_date() -> None:
     assert (ROOT / "docs" / "reference.md").read_text() == generated, "run: make docs"
 
 
-@pytest.mark.parametrize(("path", "command"), commands())
+@pytest.mark.parametrize(("path", "command"), list(commands()))
 def test_every_command_takes_json_and_says_what_it_does(path: str, command: Any) -> None:
     assert command.help
     if path != "app exec":  # it becomes the command it runs
