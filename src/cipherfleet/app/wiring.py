@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from cipherfleet.channel import codec
-from cipherfleet.channel.certificates import Credentials, key_to_pem, make_request, new_key, write_private
+from cipherfleet.channel.certificates import Credentials, key_to_pem, make_request, new_key
 from cipherfleet.channel.client import Caller
 from cipherfleet.channel.process import ProcessEntry, register, running, start_daemon
 from cipherfleet.computing.machine import MachineConfig
@@ -53,6 +53,7 @@ from cipherfleet.contract.settings import Settings
 from cipherfleet.kmc.process import HsmConfig, KmcConfig, KmcReady
 from cipherfleet.management.drivers.local_domain import sweep_network
 from cipherfleet.management.process import ManagementConfig
+from cipherfleet.state.files import write_private
 from cipherfleet.terminal.process import TerminalConfig
 from cipherfleet.terminal.ukey import read_record
 

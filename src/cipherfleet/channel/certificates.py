@@ -1,10 +1,7 @@
 """Certificates of a process: its key, its request, its chain, and who a peer's certificate says it is."""
 
-import contextlib
 import hashlib
 import ipaddress
-import os
-import tempfile
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -20,6 +17,7 @@ from cryptography.x509.oid import NameOID
 from cipherfleet.contract.errors import CertificateExpired, CertificateInvalid
 from cipherfleet.contract.identities import Identity, Peer
 from cipherfleet.contract.ids import Serial
+from cipherfleet.state.files import write_private
 
 HPKE_KEY_OID = x509.ObjectIdentifier("1.3.6.1.4.1.57264.9999.1")
 """Certificate extension of a card: its raw HPKE public key, ML-KEM-768 (1184 bytes) || X25519 (32 bytes)."""
@@ -53,21 +51,6 @@ class Credentials(msgspec.Struct, frozen=True):
     @staticmethod
     def load(folder: Path) -> "Credentials":
         return Credentials(*((folder / name).read_bytes() for name in ("key.pem", "chain.pem", "trust.pem")))
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Replace a file atomically and durably, mode 0600. Leaves the old one whole when the disk is full."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-        raise
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:

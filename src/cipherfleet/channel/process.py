@@ -20,8 +20,8 @@ import msgspec
 import psutil
 
 from cipherfleet.channel import codec
-from cipherfleet.channel.certificates import write_private
 from cipherfleet.contract.errors import CipherfleetError, ErrorBody, Internal, TimedOut
+from cipherfleet.state.files import write_private
 
 C = TypeVar("C")
 P = TypeVar("P")

@@ -11,10 +11,10 @@ from cipherfleet.contract.ids import ConsumerId, Serial, VcmId
 from cipherfleet.contract.settings import Settings
 from cipherfleet.kmc import audit, store
 from cipherfleet.kmc.certification import PLATFORM, ROOT, Certification
-from cipherfleet.kmc.database import Database
 from cipherfleet.kmc.hsm import Hsm, KeyHandle, Label, Mechanism, ensure_key_pair, ensure_wrap_key
 from cipherfleet.kmc.hsm_keys import HsmSigner
 from cipherfleet.kmc.registry import Issued, Registry
+from cipherfleet.state.database import Database
 
 ROOT_KEY, SIGNING_KEY = Label("root-key"), Label("kmc-signing")
 REFUSALS_PER_MINUTE = 60

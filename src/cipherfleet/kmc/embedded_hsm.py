@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap_with_padding, aes_key_wrap_with_padding
 
 from cipherfleet.channel import codec
-from cipherfleet.channel.certificates import public_key_der, write_private
+from cipherfleet.channel.certificates import public_key_der
 from cipherfleet.contract.errors import (
     CmkInvalid,
     DiskFull,
@@ -38,6 +38,7 @@ from cipherfleet.contract.errors import (
 )
 from cipherfleet.contract.settings import Settings
 from cipherfleet.kmc.hsm import MAX_SIGN_BYTES, SECRET_BYTES, WRAPPED_SECRET_BYTES, KeyHandle, Label, Mechanism
+from cipherfleet.state.files import write_private
 
 FILE = "hsm.sealed"
 VERSION = 1

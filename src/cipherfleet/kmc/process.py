@@ -17,13 +17,14 @@ from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.messages import CertificateRequest, Chain
 from cipherfleet.contract.settings import Settings
 from cipherfleet.kmc.center import Center
-from cipherfleet.kmc.database import Database
 from cipherfleet.kmc.embedded_hsm import EmbeddedHsm, lock_all_memory
 from cipherfleet.kmc.enrolment import OPERATOR, Enrolment
 from cipherfleet.kmc.escrow import Escrow
 from cipherfleet.kmc.hsm_client import HsmClient
 from cipherfleet.kmc.hsm_server import HsmServer
+from cipherfleet.kmc.schema import FILE, MIGRATIONS
 from cipherfleet.kmc.server import KmcServer
+from cipherfleet.state.database import Database
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ async def kmc_main(configuration: KmcConfig, ready: Callable[[object], None], st
     protect()
     host, port = parse_address(configuration.address)
     with only_one(Path(configuration.state), "a KMC"):
-        database = await asyncio.to_thread(Database.open, Path(configuration.state))
+        database = await asyncio.to_thread(Database.open, Path(configuration.state), FILE, MIGRATIONS)
         hsm = HsmClient(Path(configuration.hsm_socket))
         try:
             await _wait_for(hsm)

@@ -2,6 +2,9 @@
 
 from sqlalchemy import BLOB, Boolean, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table
 
+FILE = "kmc.sqlite"
+MIGRATIONS = "cipherfleet.kmc:migrations"
+
 metadata = MetaData()
 
 authorities = Table(

@@ -11,9 +11,9 @@ from cipherfleet.contract.errors import ConsumerUnknown, LimitReached, StateConf
 from cipherfleet.contract.ids import ConsumerId, MachineId, TokenId, VcmId
 from cipherfleet.contract.lifecycle import Process, TraceEntry
 from cipherfleet.contract.machine_api import Isolation, VcmState
-from cipherfleet.management.database import Database
 from cipherfleet.management.inventory import FIRST_SLOT, LAST_DOMAIN, LAST_SLOT, DomainRecord, MachineRecord, VcmRecord
-from cipherfleet.management.schema import domains, machines, ports, tokens, trace, vcms
+from cipherfleet.management.schema import FILE, MIGRATIONS, domains, machines, ports, tokens, trace, vcms
+from cipherfleet.state.database import Database
 
 
 class Store:
@@ -25,7 +25,7 @@ class Store:
     @staticmethod
     def open(folder: Path) -> "Store":
         """Blocking. Raises as ``Database.open``."""
-        return Store(Database.open(folder))
+        return Store(Database.open(folder, FILE, MIGRATIONS))
 
     async def close(self) -> None:
         await self._database.close()

@@ -30,12 +30,3 @@ def read_file(path: Path) -> bytes:
     if len(content) > MAX_FILE_BYTES:
         raise UkeyInvalid(f"the Ukey's {path.name} is too large")
     return content
-
-
-def flush_folder(folder: Path) -> None:
-    """Make what was created and renamed in ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,10 +17,10 @@ from pathlib import Path
 import msgspec
 
 from cipherfleet.channel import codec
-from cipherfleet.channel.certificates import write_private
 from cipherfleet.contract.errors import EscrowRolledBack, Malformed, UkeyAbsent, UkeyInvalid
 from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.ids import ConsumerId
+from cipherfleet.state.files import write_private
 from cipherfleet.terminal.files import fault, read_file
 from cipherfleet.terminal.pin import wipe
 

@@ -24,13 +24,14 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cipherfleet.channel import codec
-from cipherfleet.channel.certificates import Credentials, key_to_pem, write_private
+from cipherfleet.channel.certificates import Credentials, key_to_pem
 from cipherfleet.channel.signing import LocalSigner, Signer
 from cipherfleet.contract.errors import CipherfleetError, Exists, Malformed, StateNewer, UkeyAbsent, UkeyInvalid
 from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
+from cipherfleet.state.files import flush_folder, write_private
 from cipherfleet.terminal import sealing
-from cipherfleet.terminal.files import fault, flush_folder, read_file
+from cipherfleet.terminal.files import fault, read_file
 from cipherfleet.terminal.memory import DirectoryMemory
 from cipherfleet.terminal.pin import SECRET_BYTES, PinHash, open_secrets, pin_bytes, seal_secrets, wipe
 

@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from cipherfleet.channel import codec
-from cipherfleet.channel.certificates import write_private
 from cipherfleet.channel.process import ProcessEntry, register, running, start_child, start_daemon
 from cipherfleet.contract.errors import CipherfleetError, Internal, PortTaken, TimedOut
+from cipherfleet.state.files import write_private
 
 CHILD = """
 import asyncio, sys

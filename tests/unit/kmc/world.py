@@ -53,13 +53,14 @@ from cipherfleet.contract.settings import Settings
 from cipherfleet.contract.statements import ApplicationStatement, IdentityRequest, LeaseStatement, Purpose, Right, Signed
 from cipherfleet.kmc import audit
 from cipherfleet.kmc.center import Center
-from cipherfleet.kmc.database import Database
 from cipherfleet.kmc.embedded_hsm import EmbeddedHsm
 from cipherfleet.kmc.enrolment import OPERATOR, Enrolment
 from cipherfleet.kmc.escrow import Escrow
 from cipherfleet.kmc.hsm import Hsm
 from cipherfleet.kmc.process import own_credentials
+from cipherfleet.kmc.schema import FILE, MIGRATIONS
 from cipherfleet.kmc.server import KmcServer
+from cipherfleet.state.database import Database
 
 F = TypeVar("F")
 
@@ -122,7 +123,7 @@ class World:
         self.url = ""
 
     async def start(self, port: int = 0) -> Self:
-        self.database = await asyncio.to_thread(Database.open, self.folder)
+        self.database = await asyncio.to_thread(Database.open, self.folder, FILE, MIGRATIONS)
         self.center = await Center.open(self.database, self.hsm, self.settings, wall_clock=self.clock)
         enrolment = Enrolment(self.center, Escrow(self.center))
         self.kmc = KmcServer(self.center, await own_credentials(enrolment, self.center, "127.0.0.1"))

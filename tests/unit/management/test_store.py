@@ -23,9 +23,8 @@ from cipherfleet.contract.errors import (
 from cipherfleet.contract.ids import ConsumerId, MachineId, TokenId, VcmId, new_vcm_id
 from cipherfleet.contract.lifecycle import Process, TraceEntry
 from cipherfleet.contract.machine_api import Isolation, VcmState
-from cipherfleet.management.database import FILE
 from cipherfleet.management.inventory import Cause, MachineRecord
-from cipherfleet.management.schema import metadata
+from cipherfleet.management.schema import FILE, metadata
 from cipherfleet.management.store import Store
 
 ACME = ConsumerId("acme")

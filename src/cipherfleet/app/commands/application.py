@@ -11,7 +11,6 @@ import typer
 from cipherfleet.app import output
 from cipherfleet.app.options import Json, PinFile, State, UkeyFolder, read_pin, run
 from cipherfleet.app.wiring import Cloud
-from cipherfleet.channel.certificates import write_private
 from cipherfleet.contract.errors import ApplicationUnknown, FileProblem, IsolationUnavailable, Malformed
 from cipherfleet.contract.ids import ApplicationName, is_slug
 from cipherfleet.contract.kmc_api import ApplicationEntry, ApplicationList
@@ -19,6 +18,7 @@ from cipherfleet.contract.management_api import DomainInfo
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.settings import Settings
 from cipherfleet.contract.statements import Right
+from cipherfleet.state.files import write_private
 from cipherfleet.terminal.applications import sign_in
 from cipherfleet.terminal.ukey import DirectoryUkey
 

@@ -19,12 +19,12 @@ from cipherfleet.app import output
 from cipherfleet.app.commands.key import to_pem
 from cipherfleet.app.options import Json, run
 from cipherfleet.app.wiring import Cloud
-from cipherfleet.channel.certificates import write_private
 from cipherfleet.contract.errors import CipherfleetError, Internal
 from cipherfleet.contract.ids import ApplicationName, ConsumerId
 from cipherfleet.contract.management_api import VcmDetail
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.statements import Right
+from cipherfleet.state.files import write_private
 from cipherfleet.terminal.applications import sign_in
 from cipherfleet.terminal.enrol import enrol
 from cipherfleet.terminal.ukey import DirectoryUkey

@@ -1,4 +1,4 @@
-"""The inventory's database: opened, brought to this program's revision, its faults mapped to our errors.
+"""A process's database: opened, brought to this program's revision, its faults mapped to our errors.
 
 SQLite in WAL mode with full synchronisation: what was committed survives a power cut. Everything particular to SQLite
 stands in this file.
@@ -6,10 +6,10 @@ stands in this file.
 
 import asyncio
 import errno
-import logging
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,9 +25,8 @@ from cipherfleet.contract.errors import CipherfleetError, DiskFull, FileProblem,
 
 T = TypeVar("T")
 
-MIGRATIONS = "cipherfleet.management:migrations"
-FILE = "inventory.sqlite"
 BUSY_S = 10.0
+THREADS = 4
 
 
 class Database:
@@ -35,48 +34,70 @@ class Database:
 
     def __init__(self, engine: Engine, where: Path) -> None:
         self._engine, self._where = engine, where
+        self._writing = asyncio.Lock()
+        # Threads of its own: those that wait for the HSM must not keep a revocation from the disk.
+        self._threads = ThreadPoolExecutor(THREADS, "database")
 
     @staticmethod
-    def open(folder: Path) -> "Database":
-        """Blocking. Raises ``StateNewer``, ``StateNotWritable``, ``DiskFull`` or ``FileProblem``."""
-        path = folder / FILE
+    def open(folder: Path, file: str, migrations: str) -> "Database":
+        """The database ``file`` of ``folder``, brought up to date by the Alembic scripts in ``migrations`` (``package:folder``).
+
+        Blocking. Raises ``StateNewer``, ``StateNotWritable``, ``DiskFull`` or ``FileProblem``.
+        """
+        path = folder / file
         with _seam(path):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.touch(mode=0o600)
         engine = create_engine(URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_S})
         event.listen(engine, "connect", _configure)
         event.listen(engine, "begin", _begin)
-        database = Database(engine, path)
         try:
             with _seam(path):
-                _migrate(engine, path)
+                _migrate(engine, path, migrations)
         except BaseException:
             engine.dispose()
             raise
-        return database
+        return Database(engine, path)
 
     async def read(self, work: Callable[[Connection], T]) -> T:
-        return await self._run(work, "BEGIN")
+        """``work`` sees one state of the database, whatever is written meanwhile."""
+        return await _to_its_end(self._in_thread(work, "BEGIN"))
 
-    async def write(self, work: Callable[[Connection], T]) -> T:
-        """All of ``work`` is committed to disk, or none of it."""
-        return await self._run(work, "BEGIN IMMEDIATE")
+    async def write(self, work: Callable[[Connection], T], committed: Callable[[T], object] = lambda _: None) -> T:
+        """All of ``work`` is committed to disk, or none of it.
+
+        ``committed`` (in the loop) brings what is in memory up to date before any other write begins, so that memory and
+        database change in the same order.
+        """
+
+        async def in_order() -> T:
+            async with self._writing:
+                result = await self._in_thread(work, "BEGIN IMMEDIATE")
+                committed(result)
+                return result
+
+        return await _to_its_end(in_order())
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._engine.dispose)
+        await asyncio.to_thread(self._threads.shutdown)
+        self._engine.dispose()
 
-    async def _run(self, work: Callable[[Connection], T], begin: str) -> T:
-        def transact() -> T:
-            with _seam(self._where), self._engine.connect().execution_options(begin=begin) as connection, connection.begin():
-                return work(connection)
+    async def _in_thread(self, work: Callable[[Connection], T], begin: str) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._transact, work, begin)
 
-        task = asyncio.ensure_future(asyncio.to_thread(transact))
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            # A thread cannot be stopped: whoever was cancelled goes on only when it is known what was written.
-            await asyncio.wait({task})
-            raise
+    def _transact(self, work: Callable[[Connection], T], begin: str) -> T:
+        with _seam(self._where), self._engine.connect().execution_options(begin=begin) as connection, connection.begin():
+            return work(connection)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """A thread cannot be stopped: whoever was cancelled goes on only when it is known what was written."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 def _configure(connection: sqlite3.Connection, record: Any) -> None:
@@ -89,10 +110,9 @@ def _begin(connection: Connection) -> None:
     connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN IMMEDIATE"))
 
 
-def _migrate(engine: Engine, path: Path) -> None:
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # what it does at every start is no news
+def _migrate(engine: Engine, path: Path, migrations: str) -> None:
     config = Config()
-    config.set_main_option("script_location", MIGRATIONS)
+    config.set_main_option("script_location", migrations)
     config.set_main_option("path_separator", "os")
     script = ScriptDirectory.from_config(config)
     known = {revision.revision for revision in script.walk_revisions()}
@@ -125,5 +145,5 @@ def _fault(exc: DBAPIError, path: Path) -> CipherfleetError:
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_IOERR):
         return StateNotWritable(f"cannot write {path}", "check the folder's owner and mode")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return FileProblem(f"{path} is not an inventory, or is damaged", "restore it from a backup")
-    return FileProblem(f"the inventory in {path} refused: {type(exc.orig).__name__}")
+        return FileProblem(f"{path} is not a database of ours, or is damaged", "restore it from a backup")
+    return FileProblem(f"the database in {path} refused: {type(exc.orig).__name__}")
