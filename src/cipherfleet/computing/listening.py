@@ -1,22 +1,13 @@
 """A VCM's listening socket, opened by the machine: on a loopback address, or inside the network namespace of the VCM's port."""
 
 import asyncio
-import ctypes
 import ipaddress
-import os
 import socket
-import threading
-from collections.abc import Callable
-from pathlib import Path
-from typing import TypeVar
 
-from cipherfleet.contract.errors import IsolationUnavailable, Malformed, PortTaken
+from cipherfleet.channel.namespaces import run_inside
+from cipherfleet.contract.errors import Malformed, PortTaken
 
-T = TypeVar("T")
-
-NAMESPACES = Path("/run/netns")
 BACKLOG = 512
-_CLONE_NEWNET = 0x40000000
 
 
 def parse_address(address: str) -> tuple[str, int]:
@@ -40,7 +31,7 @@ async def open_listening(address: str, network_namespace: str = "") -> socket.so
         return _listen(place)
     if "/" in network_namespace or network_namespace in (".", ".."):
         raise Malformed("this cannot be the name of a network namespace")
-    return await asyncio.to_thread(_in_thread, lambda: _inside(NAMESPACES / network_namespace, lambda: _listen(place)))
+    return await asyncio.to_thread(run_inside, network_namespace, lambda: _listen(place))
 
 
 def _listen(place: tuple[str, int]) -> socket.socket:
@@ -55,36 +46,3 @@ def _listen(place: tuple[str, int]) -> socket.socket:
         opened.close()
         raise PortTaken(f"cannot listen on {place[0]}:{place[1]}: {exc.strerror}", "stop what listens there") from exc
     return opened
-
-
-def _inside(namespace: Path, work: Callable[[], T]) -> T:
-    try:
-        descriptor = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as exc:
-        raise IsolationUnavailable(f"the network namespace {namespace.name} is not there") from exc
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.setns(descriptor, _CLONE_NEWNET) != 0:
-            raise IsolationUnavailable(f"cannot enter {namespace.name}: {os.strerror(ctypes.get_errno())}", "domain isolation needs root")
-    finally:
-        os.close(descriptor)
-    return work()
-
-
-def _in_thread(work: Callable[[], T]) -> T:
-    """Run ``work`` in a thread that ends afterwards: no other thread ever leaves the host's namespaces."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as exc:
-            errors.append(exc)
-
-    thread = threading.Thread(target=run, name="namespace")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]

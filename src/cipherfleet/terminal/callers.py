@@ -1,17 +1,14 @@
 """Whom the terminal calls: the platform, which it trusts by the root on the Ukey, and VCMs, by the domain's CA alone."""
 
-import ctypes
-import os
 import re
 import socket
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from cipherfleet.channel.client import Caller
-from cipherfleet.contract.errors import KmcUnavailable, Malformed, ManagementUnavailable, ServiceOff
+from cipherfleet.channel.namespaces import run_inside
+from cipherfleet.contract.errors import IsolationUnavailable, KmcUnavailable, Malformed, ManagementUnavailable, ServiceOff
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import VcmId
 from cipherfleet.terminal.ukey import Ukey
@@ -19,7 +16,6 @@ from cipherfleet.terminal.ukey import Ukey
 KMC = Identity(Role.KMC, "kmc")
 MANAGEMENT = Identity(Role.MANAGEMENT, "management")
 _NAMESPACE = re.compile(r"cf[0-9]{1,3}d[0-9]{1,3}a")
-_CLONE_NEWNET = 0x40000000
 
 
 def kmc_caller(ukey: Ukey) -> Caller:
@@ -46,18 +42,9 @@ def vcm_caller(ukey: Ukey, vcm: VcmId, endpoint: str, namespace: str = "") -> Ca
 
 
 def _socket_in(namespace: str, address: tuple[Any, ...]) -> socket.socket:
-    """A socket that lives in ``namespace``: made by a thread that enters it and ends, so that nothing else of us does.
-
-    Raises ``OSError`` when the namespace is not there or not ours to enter.
-    """
+    """A socket that lives in ``namespace``. Raises ``OSError`` when that is not there or not ours to enter."""
     family, kind, protocol = address[:3]
-    with ThreadPoolExecutor(1) as thread, Path("/run/netns", namespace).open("rb") as handle:
-        return thread.submit(_enter_and_open, handle.fileno(), family, kind, protocol).result()
-
-
-def _enter_and_open(namespace: int, family: int, kind: int, protocol: int) -> socket.socket:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(namespace, _CLONE_NEWNET) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return socket.socket(family, kind, protocol)
+    try:
+        return run_inside(namespace, lambda: socket.socket(family, kind, protocol))
+    except IsolationUnavailable as exc:
+        raise OSError(exc.message) from exc

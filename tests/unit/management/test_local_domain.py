@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cipherfleet.channel.namespaces import FOLDER, run_inside
 from cipherfleet.contract.errors import IsolationUnavailable
 from cipherfleet.management.drivers import local_domain, namespaces
 from cipherfleet.management.drivers.local_domain import LocalDomainNetwork, sweep_network
@@ -45,7 +46,7 @@ def listener(namespace: str, address: str, port: int) -> Iterator[socket.socket]
         made.listen()
         return made
 
-    server = namespaces.run_inside(namespace, make)
+    server = run_inside(namespace, make)
 
     def greet() -> None:
         while True:
@@ -184,7 +185,7 @@ class TestReal:
             assert (await namespaces.inside(name, switch.read_text)).strip() == "0"
 
     async def test_a_leftover_file_without_its_mount_is_no_namespace(self, driver: LocalDomainNetwork) -> None:
-        path = namespaces.FOLDER / driver.fabric(3)
+        path = FOLDER / driver.fabric(3)
         await driver.create_port(1, 10)
         path.touch()
         namespaces.create(path.name)

@@ -1,7 +1,4 @@
-"""Named network namespaces (as `ip netns` keeps them), and functions run inside one.
-
-Whoever enters a namespace is a thread of its own that ends afterwards: no other thread of the process ever leaves the host's.
-"""
+"""Named network namespaces, made and deleted as `ip netns` does."""
 
 import asyncio
 import ctypes
@@ -13,13 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from cipherfleet.channel.namespaces import CLONE_NEWNET, FOLDER, in_thread, run_inside
 from cipherfleet.contract.errors import IsolationUnavailable
 
 T = TypeVar("T")
 
-FOLDER = Path("/run/netns")
-
-_CLONE_NEWNET = 0x40000000
 _MS_REC, _MS_BIND, _MS_SHARED, _MNT_DETACH = 16384, 4096, 1 << 20, 2
 
 _making = threading.Lock()
@@ -43,7 +38,7 @@ def create(name: str) -> None:
 
         def make() -> None:
             _share_folder()
-            _check("unshare", _libc().unshare(_CLONE_NEWNET))
+            _check("unshare", _libc().unshare(CLONE_NEWNET))
             path = FOLDER / name
             os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o444))
             source = f"/proc/{os.getpid()}/task/{threading.get_native_id()}/ns/net"
@@ -53,7 +48,7 @@ def create(name: str) -> None:
                 path.unlink()
                 raise
 
-        _in_thread(make)
+        in_thread(make)
 
 
 def delete(name: str) -> None:
@@ -72,39 +67,6 @@ def delete(name: str) -> None:
 async def inside(name: str, work: Callable[[], T]) -> T:
     """What ``work`` returns, run inside the namespace ``name``. Raises ``IsolationUnavailable`` when that is not there."""
     return await asyncio.to_thread(run_inside, name, work)
-
-
-def run_inside(name: str, work: Callable[[], T]) -> T:
-    def enter() -> T:
-        try:
-            descriptor = os.open(FOLDER / name, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as exc:
-            raise IsolationUnavailable(f"the network namespace {name} is not there") from exc
-        try:
-            _check("setns", _libc().setns(descriptor, _CLONE_NEWNET))
-        finally:
-            os.close(descriptor)
-        return work()
-
-    return _in_thread(enter)
-
-
-def _in_thread(work: Callable[[], T]) -> T:
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as exc:  # raised again in the thread that waits
-            errors.append(exc)
-
-    thread = threading.Thread(target=run, name="namespace")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
 
 
 def _bound(name: str) -> bool:
