@@ -6,6 +6,7 @@ Its keys live in memory alone; a card that starts again is a new card with a new
 from collections.abc import Callable, Iterable
 
 from cipherfleet.channel.certificates import check_chain, identity_of, make_request, public_key_der
+from cipherfleet.computing.card_chain import Deliveries
 from cipherfleet.computing.card_function import VirtualFunction
 from cipherfleet.computing.card_lease import boottime
 from cipherfleet.computing.engine_wrap import TransportKeys
@@ -25,6 +26,7 @@ class Card:
         self.operations_before = self.bytes_before = 0  # of functions that are gone
         self._kmc_signing_key = b""
         self._functions: dict[VcmId, VirtualFunction] = {}
+        self._deliveries = Deliveries()
 
     @property
     def csr(self) -> bytes:
@@ -61,7 +63,7 @@ class Card:
         """A new virtual function. Raises ``Exists``."""
         if vcm in self._functions:
             raise Exists(f"{vcm} has a vCC of this card already")
-        function = VirtualFunction(self.id, vcm, consumer, self.transport, lambda: self._kmc_signing_key, self.clock)
+        function = VirtualFunction(self.id, vcm, consumer, self.transport, lambda: self._kmc_signing_key, self.clock, self._deliveries)
         self._functions[vcm] = function
         return function
 

@@ -1,6 +1,6 @@
 """step f, inside the card: both shares of the CMK arrive, each sealed to this card alone, and become its wrapping key."""
 
-import hmac
+import hashlib
 
 import msgspec
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -9,11 +9,25 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from cipherfleet.channel import codec
 from cipherfleet.computing import engine_wrap
-from cipherfleet.computing.engine_memory import wipe
+from cipherfleet.computing.engine_memory import derive, wipe
 from cipherfleet.contract.errors import CmkInvalid, Malformed
 from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
 from cipherfleet.contract.statements import SealedShare
 from cipherfleet.contract.vcc import CmkDelivery
+
+
+class Deliveries:
+    """The sealed shares that this card has opened: each is good for one vCC, once. So a recorded one brings no CMK back."""
+
+    def __init__(self) -> None:
+        self._spent: set[bytes] = set()
+
+    def spend(self, sealed: bytes) -> None:
+        """Raises ``CmkInvalid`` the second time."""
+        name = hashlib.sha256(sealed).digest()
+        if name in self._spent:
+            raise CmkInvalid("this release of the CMK was used before", "the terminal must release it again")
+        self._spent.add(name)
 
 
 class KeyChain:
@@ -22,19 +36,22 @@ class KeyChain:
     def __init__(self, wrapping: bytearray, confirm: bytearray, share: SealedShare) -> None:
         self.wrapping, self.confirm = wrapping, confirm
         self.ukey_keys = share.ukey_public_keys
+        self.fingerprint = _fingerprint(wrapping, share.ukey_public_keys)
         self.point = (share.epoch, share.sequence)
         self.head = share.head
 
     def __repr__(self) -> str:
         return "KeyChain(...)"
 
-    def is_like(self, other: "KeyChain") -> bool:
-        """Whether both are of the same CMK and the same Ukeys."""
-        return self.ukey_keys == other.ukey_keys and hmac.compare_digest(self.wrapping, other.wrapping)
-
     def close(self) -> None:
         wipe(self.wrapping)
         wipe(self.confirm)
+
+
+def _fingerprint(wrapping: bytearray, ukey_keys: tuple[bytes, ...]) -> bytes:
+    """What tells one CMK and its Ukeys from any other, and gives nothing of either away."""
+    derived = derive(wrapping, salt=b"", info=b"cipherfleet cmk fingerprint v1", length=32)
+    return hashlib.sha256(bytes(derived) + b"".join(hashlib.sha256(key).digest() for key in ukey_keys)).digest()
 
 
 def open_delivery(delivery: CmkDelivery, transport: engine_wrap.TransportKeys, consumer: ConsumerId, card: CardId, vcm: VcmId) -> KeyChain:

@@ -92,12 +92,15 @@ class VirtualFunction:
         transport: engine_wrap.TransportKeys,
         kmc_key: Callable[[], bytes],
         clock: Callable[[], float] = boottime,
+        deliveries: card_chain.Deliveries | None = None,
     ) -> None:
         self.card, self.vcm, self.consumer = card, vcm, consumer
         self.operations = self.bytes = 0
         self._transport, self._kmc_key, self._clock = transport, kmc_key, clock
         self._lease = Lease(consumer, card, vcm, clock)
         self._chain: KeyChain | None = None
+        self._fingerprint = b""  # of the one CMK that this vCC takes in its life
+        self._deliveries = deliveries or card_chain.Deliveries()
         self._waits_until = 0.0
         self._ended = False
         self._newest_point = (-1, -1)
@@ -253,13 +256,23 @@ class VirtualFunction:
     # -- the CMK -------------------------------------------------------------------------------------------------------
 
     def _load_cmk(self, request: Request) -> Answer:
-        """step f, in the card: the one place where both shares meet."""
-        chain = card_chain.open_delivery(_parameters(request, CmkDelivery), self._transport, self.consumer, self.card, self.vcm)
-        if chain.point < self._newest_point:
+        """step f, in the card: the one place where both shares meet.
+
+        A vCC takes one CMK in its life, the one that the terminal made the card confirm: another is for another VCM.
+        """
+        delivery = _parameters(request, CmkDelivery)
+        chain = card_chain.open_delivery(delivery, self._transport, self.consumer, self.card, self.vcm)
+        try:
+            self._deliveries.spend(delivery.sealed_ukey_share)
+            if self._fingerprint and not hmac.compare_digest(self._fingerprint, chain.fingerprint):
+                raise CmkInvalid("this vCC has had another CMK")
+            if chain.point < self._newest_point:
+                raise CmkInvalid("the sealed share is older than one that this vCC has had before")
+        except CmkInvalid:
             chain.close()
-            raise CmkInvalid("the sealed share is older than one that this vCC has had before")
-        self._newest_point = chain.point
-        if self._chain is not None and self._chain.is_like(chain):
+            raise
+        self._newest_point, self._fingerprint = chain.point, chain.fingerprint
+        if self._chain is not None:
             self._chain.close()
             self._chain = chain  # the same CMK with news from the Ukey: keys and lease go on
             return Answer()

@@ -162,15 +162,26 @@ def test_a_second_delivery_of_the_same_cmk_brings_news_and_disturbs_nothing(func
         function.do(Operation.LOAD_CMK, function.consumer.delivery())
 
 
-def test_another_cmk_starts_from_nothing(function: Function) -> None:
+def test_a_vcc_takes_one_cmk_in_its_life(function: Function) -> None:
+    """Whoever could seal another share (HPKE proves no sender) cannot put another CMK under a confirmed service."""
     handle, _ = function.generate()
-    function.consumer.hsm_share = secrets.token_bytes(32)
+    genuine, function.consumer.hsm_share = function.consumer.hsm_share, secrets.token_bytes(32)
+    with pytest.raises(CmkInvalid):
+        function.load_cmk()
+    function.run(StreamRequest(Verb.ENCRYPT), b"x", handle=handle)
+    function.do(Operation.DROP)
+    with pytest.raises(CmkInvalid):
+        function.load_cmk()
+    function.consumer.hsm_share = genuine
     function.load_cmk()
-    with pytest.raises(ServiceOff):
-        function.run(StreamRequest(Verb.ENCRYPT), b"x", handle=handle)
-    function.renew()
-    with pytest.raises(KeyUnknown):
-        function.run(StreamRequest(Verb.ENCRYPT), b"x", handle=handle)
+
+
+def test_a_recorded_release_brings_no_cmk_back(function: Function) -> None:
+    recorded = function.consumer.delivery(function.consumer.share(vcm=VCM))
+    function.do(Operation.LOAD_CMK, recorded)
+    function.do(Operation.DROP)
+    with pytest.raises(CmkInvalid):
+        function.do(Operation.LOAD_CMK, recorded)
 
 
 def test_confirmation_by_hand(function: Function) -> None:
