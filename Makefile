@@ -39,6 +39,10 @@ test: lint
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report
 
+bench: setup
+	$(BIN)/cipherfleet bench network
+	$(BIN)/cipherfleet bench lifecycle
+
 docs: setup
 	$(BIN)/python scripts/reference.py
 

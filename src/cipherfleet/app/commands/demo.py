@@ -80,7 +80,7 @@ async def _tell(story: Story, folder: Path, megabytes: int) -> None:
             facts["processes"] = len(cloud.processes())
         async with story.step("Two consumers are enrolled; each gets a Ukey", "cipherfleet consumer enroll acme --ukey ukey-acme"):
             for name in ("acme", "globex"):
-                await _enrol(cloud, name, folder / f"ukey-{name}")
+                await enrol_on(cloud, name, folder / f"ukey-{name}")
         async with story.step("acme plugs its Ukey in", "cipherfleet terminal --ukey ukey-acme --detach") as facts:
             info = msgspec.json.decode(await cloud.start_terminal(folder / "ukey-acme", PIN))
             async with cloud.management() as management:
@@ -88,19 +88,19 @@ async def _tell(story: Story, folder: Path, megabytes: int) -> None:
             facts.update(service="ON", vcm=detail.vcm.id, machine=detail.vcm.machine)
             facts["trace"] = msgspec.to_builtins(detail.trace)
         async with story.step("The Ukey signs an application in", "cipherfleet app add billing --ukey ukey-acme --out billing.json"):
-            billing = await _sign_in(folder, "acme", "billing")
+            billing = await sign_in_on(folder, "acme", "billing")
         await _use(story, folder, billing, megabytes)
         async with story.step("A second consumer knocks at acme's VCM with its own certificate") as facts:
-            foreign = await _sign_in(folder, "globex", "spy")
-            facts["refused"] = await _refused(msgspec.structs.replace(foreign, endpoints=billing.endpoints))
+            foreign = await sign_in_on(folder, "globex", "spy")
+            facts["refused"] = await refused(msgspec.structs.replace(foreign, endpoints=billing.endpoints))
         async with story.step("acme pulls its Ukey", "mv ukey-acme pocket") as facts:
             pulled = time.monotonic()
             (folder / "ukey-acme").rename(folder / "pocket")
-            facts["refused"] = await _refused(billing, patience=8.0)
+            facts["refused"] = await refused(billing, patience=8.0)
             facts["after_ms"] = round((time.monotonic() - pulled) * 1000)
         async with story.step("The Ukey is back: the service too, and old ciphertexts decrypt", "mv pocket ukey-acme") as facts:
             (folder / "pocket").rename(folder / "ukey-acme")
-            await _served(billing)
+            await served(billing)
             await _decrypt(folder, billing)
             facts["decrypted"] = "equal"
     finally:
@@ -148,7 +148,8 @@ async def _openssl(folder: Path, plain: Path) -> str:
     return said.decode().strip()
 
 
-async def _enrol(cloud: Cloud, name: str, folder: Path) -> None:
+async def enrol_on(cloud: Cloud, name: str, folder: Path) -> None:
+    """Enrol a consumer, its Ukey in ``folder``."""
     async with cloud.kmc() as kmc, cloud.management() as management:
         await enrol(
             kmc,
@@ -162,14 +163,15 @@ async def _enrol(cloud: Cloud, name: str, folder: Path) -> None:
         )
 
 
-async def _sign_in(folder: Path, consumer: str, name: str) -> Profile:
+async def sign_in_on(folder: Path, consumer: str, name: str) -> Profile:
+    """Sign an application in with the Ukey ``ukey-CONSUMER`` of ``folder``."""
     with DirectoryUkey.open(folder / f"ukey-{consumer}", PIN) as ukey:
         profile = await sign_in(ukey, ApplicationName(name), tuple(Right), 1)
     write_private(folder / f"{name}.json", msgspec.json.encode(profile))
     return profile
 
 
-async def _refused(profile: Profile, *, patience: float = 0.0) -> str:
+async def refused(profile: Profile, *, patience: float = 0.0) -> str:
     """The code with which the service refuses; asks again for at most ``patience`` seconds while it still serves."""
     end = time.monotonic() + patience
     while True:
@@ -183,7 +185,8 @@ async def _refused(profile: Profile, *, patience: float = 0.0) -> str:
         await asyncio.sleep(0.02)
 
 
-async def _served(profile: Profile) -> None:
+async def served(profile: Profile) -> None:
+    """Waits until the service is on, 20 s at most."""
     end = time.monotonic() + 20
     while True:
         try:

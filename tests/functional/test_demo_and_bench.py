@@ -1,0 +1,50 @@
+"""The demo and the benchmarks: they end well, leave nothing behind, and say what scripts rely on."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support import command
+
+
+@pytest.fixture
+def only_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Everything temporary goes below one folder, which must be empty again, with no process left."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    yield tmp_path
+    assert list(tmp_path.iterdir()) == []
+    mine = [p for p in psutil.process_iter(["cmdline"]) if "cipherfleet.app.roles" in (p.info["cmdline"] or [])]
+    assert not [p for p in mine if p.environ().get("TMPDIR") == str(tmp_path)]
+
+
+def test_the_demo_tells_the_whole_story_and_leaves_nothing(only_here: Path) -> None:
+    told = command("demo", "--megabytes", "5", "--json").document
+    steps = {step["title"].split(";")[0]: step for step in told["steps"]}
+    assert len(steps) == 12
+    plugged = steps["acme plugs its Ukey in"]
+    assert [t["step"] for t in plugged["trace"]] == list(range(1, 10))
+    assert steps["It is decrypted and compared"]["compared"] == "equal"
+    assert steps["A signature is made, and checked by openssl"]["openssl"] in ("Verified OK", "not installed, so not checked")
+    assert steps["A second consumer knocks at acme's VCM with its own certificate"]["refused"] == "certificate-invalid"
+    assert steps["acme pulls its Ukey"]["refused"]
+    assert told["s"] < 60
+    assert os.environ["TMPDIR"] == str(only_here)
+
+
+@pytest.mark.parametrize(
+    ("bench", "operations"),
+    [("network", {"encrypt", "decrypt", "digest"}), ("lifecycle", {"create", "delete", "pull-to-refusal", "return-to-service"})],
+)
+def test_a_benchmark_says_what_scripts_rely_on(only_here: Path, bench: str, operations: set[str]) -> None:
+    told = command("bench", bench, "--quick", "--json").document
+    assert told["bench"] == bench
+    assert {row["operation"] for row in told["rows"]} == operations
+    for row in told["rows"]:
+        assert {"size", "vcms", "where", "ops_s", "bytes_s", "p50_us", "p99_us"} <= set(row)
+        assert row["p50_us"] > 0
+    assert bench != "network" or {(r["operation"], r["size"]) for r in told["ratios"]} >= {("encrypt", 1024 * 1024), ("digest", 64)}
