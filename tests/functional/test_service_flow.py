@@ -180,6 +180,18 @@ def test_a_revoked_application_is_refused_at_once(shared_cloud: TestCloud, plugg
         assert [a["state"] for a in listed if a["consumer"] == plugged.name and a["name"] == "doomed"] == ["revoked"]
 
 
+def test_the_consumer_signs_an_application_out(plugged: Consumer, tmp_path: Path) -> None:
+    pin = tmp_path / "pin"
+    pin.write_text(plugged.pin)
+    with plugged.client("leaving") as client:
+        client.random(1)
+        out = command("app", "revoke", "leaving", "--ukey", plugged.ukey, "--pin-file", pin, "--json")
+        assert (out.status, out.document["state"]) == (0, "revoked")
+        assert eventually(lambda: refusal(lambda: client.random(1)), within=1.0) in ("certificate-revoked", "application-revoked")
+    with plugged.client("leaving") as again:
+        again.random(1)
+
+
 def test_the_isolation_in_force_is_told(shared_cloud: TestCloud, plugged: Consumer) -> None:
     isolation = shared_cloud.vcm(plugged.vcms()[0].id).isolation
     assert isolation is not None

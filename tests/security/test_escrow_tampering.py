@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import load_der_public_key
 from cipherfleet import SyncClient
 from cipherfleet.channel.certificates import key_to_pem, new_key, public_key_der, to_pem
 from cipherfleet.channel.signing import LocalSigner, sign
+from cipherfleet.contract.escrow import LogEntry, extend, statement_digest
 from cipherfleet.contract.ids import ApplicationName, ConsumerId
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.statements import ApplicationStatement, Right
@@ -216,10 +217,9 @@ def test_the_operator_cannot_forge_a_grant(cloud: TestCloud, with_keys: Consumer
     with edited(cloud) as connection:
         connection.execute("insert into statements values (?, 'intruder', ?, '', 0)", (with_keys.name, raw))
         sequence, head = connection.execute("select sequence, head from consumers where name = ?", (with_keys.name,)).fetchone()
-        digest = hashlib.sha256(raw).digest()
-        entry = msgspec.json.encode([sequence + 1, "application/intruder", digest])
-        connection.execute("insert into log values (?, ?, 'application/intruder', ?)", (with_keys.name, sequence + 1, digest))
-        forged_head = hashlib.sha256(head + entry).digest()
+        entry = LogEntry(sequence + 1, "application/intruder@99", statement_digest(signed))
+        connection.execute("insert into log values (?, ?, ?, ?)", (with_keys.name, entry.sequence, entry.subject, entry.digest))
+        forged_head = extend(head, entry)
         connection.execute("update consumers set sequence = ?, head = ? where name = ?", (sequence + 1, forged_head, with_keys.name))
     assert not refusal(with_keys.plug_in), "the log itself is consistent: the operator's HSM signs whatever it is given"
     forged, _ = forged_application(cloud, template, "intruder")

@@ -235,20 +235,25 @@ class Cloud:
 
     def _passphrase(self, record: CloudRecord) -> str:
         """The operator's file, or one made here: good for trying out, the docs say what to do for real."""
-        path = Path(record.passphrase_file) if record.passphrase_file else self._folder("hsm") / "passphrase"
-        if not record.passphrase_file and not path.exists():
+        if record.passphrase_file:
+            return _read_secret(Path(record.passphrase_file), "the HSM's passphrase")
+        return self._hsm_secret("passphrase")
+
+    def _hsm_secret(self, name: str) -> str:
+        """``passphrase``, or ``pin``: what the KMC logs in to the HSM with. Made here, once."""
+        path = self._folder("hsm") / name
+        if not path.exists():
             write_private(path, secrets.token_urlsafe(32).encode())
-        try:
-            return path.read_text().strip()
-        except OSError as exc:
-            raise FileProblem(f"cannot read the HSM's passphrase from {path}: {exc.strerror}") from exc
+        return _read_secret(path, f"the HSM's {name}")
 
     async def _start_missing(self, record: CloudRecord, progress: Progress) -> None:
         """One look at what runs, in the order in which each needs the one before."""
         alive = {(p.role, p.id) for p in self.processes()}
         if ("hsm", "hsm") not in alive:
             progress("HSM")
-            config = HsmConfig(str(self._folder("hsm")), str(self._hsm_socket), self._passphrase(record), record.settings)
+            config = HsmConfig(
+                str(self._folder("hsm")), str(self._hsm_socket), self._passphrase(record), self._hsm_secret("pin"), record.settings
+            )
             await self._start("hsm", "hsm", config)
         if ("kmc", "kmc") not in alive or not self._credentials("operator").is_dir():
             progress("key management center")
@@ -279,7 +284,7 @@ class Cloud:
             key_pem = key_to_pem(new_key())
         csr = make_request(_load_key(key_pem), Identity(Role.OPERATOR, "operator"))
         address = f"127.{record.network}.0.1:{PORT}"
-        config = KmcConfig(str(self._folder("kmc")), address, str(self._hsm_socket), csr, record.settings)
+        config = KmcConfig(str(self._folder("kmc")), address, str(self._hsm_socket), self._hsm_secret("pin"), csr, record.settings)
         ready = codec.decode(await self._start("kmc", "kmc", config), KmcReady)
         Credentials(key_pem, ready.operator.chain, ready.operator.trust).save(folder)
 
@@ -375,6 +380,13 @@ class Cloud:
 
 def _command(role: str) -> list[str]:
     return [sys.executable, "-m", "cipherfleet.app.roles", role]
+
+
+def _read_secret(path: Path, what: str) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError as exc:
+        raise FileProblem(f"cannot read {what} from {path}: {exc.strerror}") from exc
 
 
 def _load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:

@@ -8,6 +8,7 @@ import asyncio
 import ctypes
 import logging
 import os
+import resource
 import select
 import signal
 import sys
@@ -91,6 +92,13 @@ def protect(*, dumpable: bool = False, die_with_parent: bool = False) -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
+def raise_file_limit() -> None:
+    """As many descriptors as may be had: each connection is one, and the usual soft limit of 1024 is for programs with select()."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def configure_logging() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("asyncio").setLevel(logging.ERROR)
@@ -110,6 +118,7 @@ def run(
     import uvloop  # a process that never runs a loop need not load it
 
     configure_logging()
+    raise_file_limit()
     report = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
 

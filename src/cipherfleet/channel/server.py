@@ -19,6 +19,7 @@ from aiohttp import web
 from cipherfleet.channel import codec, tls
 from cipherfleet.channel.certificates import Credentials, peer_of
 from cipherfleet.channel.frames import Frames
+from cipherfleet.channel.gate import HANDSHAKE_TIMEOUT_S, HEADER_TIMEOUT_S, MAX_CONNECTIONS, Gate
 from cipherfleet.contract.errors import (
     CertificateExpired,
     CertificateInvalid,
@@ -97,13 +98,20 @@ class Server:
         minimum: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
         check_peer: Callable[[Peer], None] | None = None,
         wall_clock: Callable[[], float] = time.time,
+        handshake_timeout: float = HANDSHAKE_TIMEOUT_S,
+        header_timeout: float = HEADER_TIMEOUT_S,
+        max_connections: int = MAX_CONNECTIONS,
     ) -> None:
+        """``handshake_timeout`` and ``header_timeout`` are seconds: the latter for a connection's first request."""
         self._context = tls.server_context(credentials, minimum=minimum)
         self._check_peer = check_peer
         self._wall_clock = wall_clock
         self._connections: dict[asyncio.BaseTransport, Peer] = {}
         self._revoked: set[Serial] = set()
+        self._handshake_timeout, self._header_timeout, self._max_connections = handshake_timeout, header_timeout, max_connections
         self._runner: web.AppRunner | None = None
+        self._gate: Gate | None = None
+        self._listener: asyncio.Server | None = None
         self._app = web.Application(client_max_size=codec.MAX_BODY_BYTES, middlewares=[self._guard])
 
     def route(self, method: str, path: str, roles: Collection[Role], handler: Handler) -> None:
@@ -166,10 +174,9 @@ class Server:
 
     def stop_listening(self) -> None:
         """Let nobody in any more, now; open connections go on."""
-        for site in self._runner.sites if self._runner is not None else ():
-            listener = getattr(site, "_server", None)  # aiohttp offers a way that waits, only
-            if listener is not None:
-                listener.close()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
 
     async def start(self, address: tuple[str, int] | socket.socket) -> tuple[str, int]:
         """Listen, and say where. Raises ``PortTaken``."""
@@ -177,22 +184,21 @@ class Server:
             self._app, access_log=None, shutdown_timeout=1.0, handle_signals=False, auto_decompress=False, logger=_http_log
         )
         await self._runner.setup()
+        assert self._runner.server is not None  # noqa: S101 - it was set up
+        self._gate = Gate(self._runner.server, header_timeout=self._header_timeout, max_connections=self._max_connections)
         try:
-            if isinstance(address, socket.socket):
-                site: web.BaseSite = web.SockSite(self._runner, address, ssl_context=self._context)
-                bound = address.getsockname()
-            else:
-                site = web.TCPSite(self._runner, *address, ssl_context=self._context, reuse_address=True)
-                bound = address
-            await site.start()
+            listener = await self._gate.listen(address, self._context, handshake_timeout=self._handshake_timeout)
         except OSError as exc:
             await self._runner.cleanup()
             raise PortTaken(f"cannot listen on {address}: {exc.strerror or exc}", "stop what listens there") from exc
-        if not isinstance(address, socket.socket) and self._runner.addresses:
-            bound = self._runner.addresses[0]
+        self._listener = listener
+        bound = (address if isinstance(address, socket.socket) else listener.sockets[0]).getsockname()
         return str(bound[0]), int(bound[1])
 
     async def stop(self) -> None:
+        self.stop_listening()
+        if self._gate is not None:
+            self._gate.close()
         if self._runner is not None:
             self.close_connections()
             await self._runner.cleanup()
@@ -204,6 +210,8 @@ class Server:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+        if self._gate is not None:
+            self._gate.heard(request.transport)
         try:
             return await handler(request)
         except CipherfleetError as exc:

@@ -36,6 +36,7 @@ class KeyChain:
     def __init__(self, wrapping: bytearray, confirm: bytearray, share: SealedShare) -> None:
         self.wrapping, self.confirm = wrapping, confirm
         self.ukey_keys = share.ukey_public_keys
+        self.kmc_key = share.kmc_signing_key
         self.fingerprint = _fingerprint(wrapping, share.ukey_public_keys)
         self.point = (share.epoch, share.sequence)
         self.head = share.head
@@ -84,6 +85,8 @@ def _open_share(sealed: bytes, transport: engine_wrap.TransportKeys, consumer: C
         raise CmkInvalid("the Ukey's share of the CMK has the wrong size")
     if not 1 <= len(share.ukey_public_keys) <= 4 or not all(_is_p256(spki) for spki in share.ukey_public_keys):
         raise CmkInvalid("the sealed share does not name the Ukey's public keys")
+    if not _is_p256(share.kmc_signing_key):
+        raise CmkInvalid("the sealed share does not name the KMC's signing key")
     return share
 
 

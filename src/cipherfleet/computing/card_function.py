@@ -223,11 +223,11 @@ class VirtualFunction:
         return answer
 
     def _take_lease(self, request: Request) -> Answer:
-        chain, kmc_key = self._require_chain(), self._kmc_key()
-        if not kmc_key:
+        chain = self._require_chain()
+        if not self._kmc_key():
             raise ServiceOff("this card is not certified yet")
         signed = _parameters(request, Signed)
-        state = self._lease.accept(signed, ukey_keys=chain.ukey_keys, kmc_key=kmc_key)
+        state = self._lease.accept(signed, ukey_keys=chain.ukey_keys, kmc_key=chain.kmc_key)
         return Answer(parameters=codec.encode(state))
 
     def _describe(self, _: Request) -> Answer:
@@ -242,6 +242,7 @@ class VirtualFunction:
                     chain is not None,
                     self.serving,
                     *seen,
+                    kmc_signing_key=b"" if chain is None else chain.kmc_key,
                     operations=self.operations,
                     bytes=self.bytes,
                     keys=len(self._keys),
@@ -297,6 +298,8 @@ class VirtualFunction:
                 kind = LoginStatement
             case _:
                 raise StatementForged("a card checks application and login statements alone")
+        if len(signed.signatures) != 1:
+            raise StatementForged("a statement carries the Ukey's signature and no other")
         statement = signing.verify(signed, kind, self._require_chain().ukey_keys)
         if statement.consumer != self.consumer:
             raise ForeignConsumer("the statement is about another consumer")

@@ -71,7 +71,7 @@ class Lease:
             raise LeaseStale("the lease arrived after its end")
         del self._outstanding[statement.nonce]
         self._newest, self.expires_at = made_at, expires_at
-        return LeaseState(expires_at, expires_at - now)
+        return LeaseState(expires_at, expires_at - now, statement.epoch, statement.sequence, statement.head)
 
     @property
     def serving(self) -> bool:

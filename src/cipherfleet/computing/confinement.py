@@ -48,8 +48,11 @@ class Confinement(msgspec.Struct, frozen=True):
     folder: str = ""
 
 
-def confine(wanted: Confinement) -> Isolation:
-    """Confine this process for good. Raises ``IsolationUnavailable`` when what can be had everywhere is not in force."""
+def confine(wanted: Confinement, *, listening: int = -1) -> Isolation:
+    """Confine this process for good. Raises ``IsolationUnavailable`` when what can be had everywhere is not in force.
+
+    ``listening``: the descriptor of the socket that it serves on, if any.
+    """
     if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:  # noqa: PTH208
         raise IsolationUnavailable("a process with several threads cannot be confined")
     libc = ctypes.CDLL(None, use_errno=True)
@@ -62,7 +65,7 @@ def confine(wanted: Confinement) -> Isolation:
     _drop_capabilities(libc)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise IsolationUnavailable("no-new-privileges cannot be set")
-    isolation = look(wanted, _restrict(wanted.readable))
+    isolation = look(wanted, *_restrict(wanted.readable, listening))
     if not isolation.no_new_privileges or not set(isolation.capabilities) <= {"0"}:
         raise IsolationUnavailable("the process kept privileges that it should have dropped")
     return isolation
@@ -125,24 +128,32 @@ def _drop_capabilities(libc: ctypes.CDLL) -> None:
     libc.capset(ctypes.byref(_CapabilityHeader(_CAPABILITY_VERSION_3, 0)), (ctypes.c_uint32 * 6)())
 
 
-def _restrict(readable: Iterable[str]) -> int:
-    """Landlock, then seccomp; the ABI of Landlock that was asked for."""
+def _restrict(readable: Iterable[str], listening: int = -1) -> tuple[int, bool]:
+    """Landlock, then seccomp; the ABI of Landlock that was asked for, and whether it keeps TCP in."""
     version = 0
     try:
         version = confinement_landlock.restrict((*readable, "/proc/self"))
     except OSError as exc:
         log.warning("landlock is not available: %s", exc.strerror)
+    network_confined = _tcp_is_refused()  # tried here, as seccomp would hide who refuses
     try:
-        confinement_seccomp.restrict()
+        confinement_seccomp.restrict(listening)
     except (OSError, ValueError, RuntimeError) as exc:
         log.warning("seccomp is not available: %s", exc)
-    return version
+    return version, network_confined
+
+
+def _tcp_is_refused() -> bool:
+    """Neither connect nor bind over TCP, with a socket that is there already."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as tcp:
+        tcp.setblocking(False)
+        return _refused(lambda: tcp.connect(("127.0.0.1", 9))) and _refused(lambda: tcp.bind(("127.0.0.1", 0)))
 
 
 # -- looking -----------------------------------------------------------------------------------------------------------
 
 
-def look(wanted: Confinement, landlock_abi: int) -> Isolation:
+def look(wanted: Confinement, landlock_abi: int, network_confined: bool) -> Isolation:
     """The isolation as it shows from inside. Namespaces show from outside alone."""
     status = process_status("self")
     return Isolation(
@@ -154,6 +165,7 @@ def look(wanted: Confinement, landlock_abi: int) -> Isolation:
         capabilities=capabilities(status),
         read_only_root=bool(os.statvfs("/").f_flag & os.ST_RDONLY),
         limits=_limits(),
+        network_confined=network_confined,
     )
 
 

@@ -5,6 +5,7 @@ It needs files (read), memory, threads of its own, time, and sockets that it was
 
 import ctypes.util
 import errno
+import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,12 +23,12 @@ ALLOWED = frozenset(
     poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd2
     timerfd_create timerfd_settime timerfd_gettime
     mmap munmap mremap mprotect madvise brk
-    rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack tgkill
+    rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack
     futex futex_waitv set_robust_list get_robust_list set_tid_address rseq membarrier
     gettid getpid getppid getuid geteuid getgid getegid getresuid getresgid getgroups getpgrp getpgid getsid
-    uname sysinfo getrusage times getrlimit prlimit64 sched_yield sched_getaffinity sched_getparam sched_getscheduler getcpu
+    uname sysinfo getrusage times getrlimit sched_yield sched_getaffinity sched_getparam sched_getscheduler getcpu
     clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time getrandom restart_syscall arch_prctl exit exit_group
-    socketpair connect listen accept accept4 getsockname getpeername getsockopt setsockopt shutdown recvfrom recvmsg recvmmsg
+    socketpair connect accept accept4 getsockname getpeername getsockopt setsockopt shutdown recvfrom recvmsg recvmmsg
     """.split()  # noqa: SIM905 - one name a line would hide what belongs together
 )
 
@@ -35,8 +36,11 @@ NOT_THERE = ("clone3", "io_uring_setup", "map_shadow_stack", "mseal")
 """Calls whose users fall back to another one when the kernel has none of that name."""
 
 
-def restrict() -> None:
-    """Filter this thread's system calls, and those of all it starts, for good. Raises ``OSError`` where there is no seccomp."""
+def restrict(listening: int = -1) -> None:
+    """Filter this thread's system calls, and those of all it starts, for good. Raises ``OSError`` where there is no seccomp.
+
+    ``listening``: the only descriptor that may be made to listen, as a server does once more with a socket that listens already.
+    """
     pyseccomp = _pyseccomp()
     rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))
     for name in ALLOWED:
@@ -45,6 +49,11 @@ def restrict() -> None:
         _try(rules.add_rule, pyseccomp.ERRNO(errno.ENOSYS), name)
     rules.add_rule(pyseccomp.ALLOW, "socket", pyseccomp.Arg(0, pyseccomp.EQ, socket.AF_UNIX))
     rules.add_rule(pyseccomp.ALLOW, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, _CLONE_THREAD, _CLONE_THREAD))
+    # Limits of its own and signals to its own threads: other processes of this user may be in the same pid namespace.
+    rules.add_rule(pyseccomp.ALLOW, "prlimit64", pyseccomp.Arg(0, pyseccomp.EQ, 0))
+    rules.add_rule(pyseccomp.ALLOW, "tgkill", pyseccomp.Arg(0, pyseccomp.EQ, os.getpid()))
+    if listening >= 0:
+        rules.add_rule(pyseccomp.ALLOW, "listen", pyseccomp.Arg(0, pyseccomp.EQ, listening))
     # Fast Open would be a way to connect a socket that came from outside, past every check of connect().
     for name, flags in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3)):
         rules.add_rule(pyseccomp.ALLOW, name, pyseccomp.Arg(flags, pyseccomp.MASKED_EQ, _MSG_FASTOPEN, 0))

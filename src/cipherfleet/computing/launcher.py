@@ -62,6 +62,7 @@ def bubblewrap_command(
     arguments += ["--die-with-parent", "--new-session", "--as-pid-1"]
     if status_fd is not None:
         arguments += ["--json-status-fd", str(status_fd)]
+    arguments += ["--size", str(_TEMPORARY_BYTES), "--tmpfs", "/tmp"]  # noqa: S108 - first, as what is readable may lie below it
     for path in readable:
         if Path(path).is_symlink() and path in _library_folders():
             arguments += ["--symlink", str(Path(path).readlink()), path]
@@ -69,7 +70,7 @@ def bubblewrap_command(
             arguments += ["--ro-bind", path, path]
     if relay is not None:
         arguments += ["--ro-bind", str(relay), INSIDE_RELAY]
-    arguments += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--size", str(_TEMPORARY_BYTES), "--tmpfs", "/tmp"]  # noqa: S108
+    arguments += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
     return [*arguments, "--remount-ro", "/", "--chdir", "/", "--", *command]
 
 

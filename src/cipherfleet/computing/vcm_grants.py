@@ -8,6 +8,7 @@ from cipherfleet.computing.vcm_escrow import Escrow
 from cipherfleet.contract.errors import (
     ApplicationRevoked,
     ApplicationUnknown,
+    EscrowRolledBack,
     ForeignConsumer,
     LoginRefused,
     Malformed,
@@ -16,6 +17,7 @@ from cipherfleet.contract.errors import (
     StatementExpired,
     StatementReplayed,
 )
+from cipherfleet.contract.escrow import StatementEntry
 from cipherfleet.contract.identities import Peer, Role
 from cipherfleet.contract.ids import ApplicationName, ConsumerId, VcmId
 from cipherfleet.contract.statements import ApplicationStatement, LoginStatement, Right, Signed
@@ -30,7 +32,7 @@ class Grants:
 
     def __init__(self, consumer: ConsumerId, escrow: Escrow, card: VirtualCryptoCard, wall_clock: Callable[[], float] = time.time) -> None:
         self._consumer, self._escrow, self._card, self._wall_clock = consumer, escrow, card, wall_clock
-        self._checked: dict[ApplicationName, tuple[Signed, ApplicationStatement]] = {}
+        self._checked: dict[ApplicationName, tuple[StatementEntry, ApplicationStatement]] = {}
 
     async def authorise(self, peer: Peer, right: Right) -> None:
         """See ``VcmHost.authorise``. Raises ``ServiceOff`` while nothing is loaded."""
@@ -43,32 +45,34 @@ class Grants:
             raise ServiceOff("the statements are not loaded yet")
         await self._escrow.require()
         statement = await self._statement(ApplicationName(identity.id), peer.public_key_sha256)
+        if statement.revoked:  # first: a signing out names no key
+            raise ApplicationRevoked(f"the consumer signed {identity.id} out")
         if statement.public_key_sha256 != peer.public_key_sha256:
             raise ApplicationUnknown(f"the consumer signed {identity.id} in with another key")
-        if statement.revoked:
-            raise ApplicationRevoked(f"the consumer signed {identity.id} out")
         if statement.not_after <= self._wall_clock():
             raise StatementExpired(f"the consumer's statement on {identity.id} has expired")
         if right not in statement.rights:
             raise NotPermitted(f"{identity.id} may not {right}")
 
     async def _statement(self, name: ApplicationName, public_key_sha256: bytes) -> ApplicationStatement:
-        signed = self._escrow.statements.get(name)
+        kept = self._escrow.statements.get(name)
         known = self._checked.get(name)
-        if signed is not None and known is not None and known[0] == signed and known[1].public_key_sha256 == public_key_sha256:
+        if kept is not None and known is not None and known[0] == kept and known[1].public_key_sha256 == public_key_sha256:
             return known[1]
-        if signed is None or (known is not None and known[0] == signed):
+        if kept is None or (known is not None and known[0] == kept):
             await self._escrow.refresh()  # it may have been signed in, or anew, a moment ago
-            signed = self._escrow.statements.get(name)
-        if signed is None:
+            kept = self._escrow.statements.get(name)
+        if kept is None:
             raise ApplicationUnknown(f"the consumer has not signed {name} in")
-        done = await self._card.submit(Operation.VERIFY_STATEMENT, parameters=codec.encode(signed))
+        done = await self._card.submit(Operation.VERIFY_STATEMENT, parameters=codec.encode(kept.statement))
         statement = codec.decode(done.data, ApplicationStatement, what="an application's statement")
-        if signed.kind != ApplicationStatement.KIND or statement.name != name or statement.consumer != self._consumer:
+        if kept.statement.kind != ApplicationStatement.KIND or statement.name != name or statement.consumer != self._consumer:
             raise ApplicationUnknown(f"the escrow keeps another statement under the name of {name}")
+        if statement.sequence != kept.sequence:
+            raise EscrowRolledBack(f"the escrow keeps statement {statement.sequence} on {name} under number {kept.sequence}")
         if known is not None and statement.sequence < known[1].sequence:
             raise StatementReplayed(f"the statement on {name} is older than one seen before")
-        self._checked[name] = signed, statement
+        self._checked[name] = kept, statement
         return statement
 
 

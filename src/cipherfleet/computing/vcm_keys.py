@@ -23,7 +23,7 @@ from cipherfleet.contract.errors import (
     StateConflict,
     WrongKeyType,
 )
-from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, KeyState, VersionAttributes, decode_attributes
+from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, KeyState, VersionAttributes, decode_attributes, row_digest
 from cipherfleet.contract.ids import KeyId, new_key_id
 from cipherfleet.contract.vcc import Operation, RowRequest, VirtualCryptoCard
 from cipherfleet.contract.vcm import KeyUse
@@ -77,7 +77,7 @@ class Keys:
             if old.state is KeyState.DELETED:
                 raise KeyDeleted(f"key {key} is deleted")
             changed = msgspec.structs.replace(old, state=state, revision=old.revision + 1)
-            sealed = await self._seal(key, changed)
+            sealed = await self._seal(key, changed, row)
             await self._escrow.write((sealed,), replaces=(row,), actor=actor, event=_EVENTS[state])
 
         await self._retry(attempt)
@@ -139,9 +139,7 @@ class Keys:
         if known is not None and known[0] == row:
             return known[1], row
         await self._card.submit(Operation.VERIFY_ATTRIBUTES, parameters=codec.encode(row))
-        attributes = decode_attributes(row)
-        if not isinstance(attributes, KeyAttributes):
-            raise EscrowRowTampered(f"key {key} lacks its attributes")
+        attributes = _key_attributes(row)
         if known is not None and attributes.revision < known[1].revision:
             raise EscrowRowTampered(f"the attributes of key {key} are older than those seen before")
         self._checked[key] = row, attributes
@@ -169,7 +167,9 @@ class Keys:
 
     # -- the card ------------------------------------------------------------------------------------------------------
 
-    async def _seal(self, key: KeyId, attributes: KeyAttributes) -> EscrowRow:
+    async def _seal(self, key: KeyId, attributes: KeyAttributes, replaces: EscrowRow | None) -> EscrowRow:
+        """The row of ``attributes``, good in the place of ``replaces`` and nowhere else."""
+        attributes = msgspec.structs.replace(attributes, previous=b"" if replaces is None else row_digest(replaces))
         request = RowRequest(key, 0, codec.encode(attributes))
         done = await self._card.submit(Operation.SEAL_ATTRIBUTES, parameters=codec.encode(request))
         return codec.decode(done.parameters, EscrowRow)
@@ -182,7 +182,7 @@ class Keys:
         request = RowRequest(key, version, codec.encode(VersionAttributes(attributes.algorithm, now)))
         made = await self._card.submit(Operation.GENERATE, parameters=codec.encode(request))
         try:
-            sealed = await self._seal(key, attributes)
+            sealed = await self._seal(key, attributes, replaces)
             material = codec.decode(made.parameters, EscrowRow)
             await self._escrow.write((material, sealed), replaces=(None, replaces), actor=actor, event=event)
         except BaseException:
@@ -190,7 +190,7 @@ class Keys:
                 await asyncio.shield(self._card.submit(Operation.UNLOAD, handle=made.value))
             raise
         self._handles[key, version] = made.value
-        self._checked[key] = sealed, attributes
+        self._checked[key] = sealed, _key_attributes(sealed)
 
     async def _load(self, key: KeyId, version: int) -> int:
         """The handle of a version. Raises ``KeyUnknown``, ``EscrowRowTampered`` or ``EscrowRowForeign``."""
@@ -227,6 +227,13 @@ def _require_enabled(key: KeyId, attributes: KeyAttributes) -> None:
         raise KeyDeleted(f"key {key} is deleted")
     if attributes.state is KeyState.DISABLED:
         raise KeyDisabled(f"key {key} is disabled")
+
+
+def _key_attributes(row: EscrowRow) -> KeyAttributes:
+    attributes = decode_attributes(row)
+    if not isinstance(attributes, KeyAttributes):
+        raise EscrowRowTampered(f"key {row.key} lacks its attributes")
+    return attributes
 
 
 def _version_attributes(row: EscrowRow) -> VersionAttributes:

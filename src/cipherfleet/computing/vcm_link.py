@@ -15,7 +15,7 @@ from cipherfleet.channel.frames import Frames
 from cipherfleet.channel.server import Server
 from cipherfleet.computing.vcm import Vcm
 from cipherfleet.computing.vcm_kmc import KmcAccess
-from cipherfleet.contract.errors import CipherfleetError, ServiceUnavailable
+from cipherfleet.contract.errors import CipherfleetError, EscrowRolledBack, ServiceUnavailable
 from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.kmc_api import (
     CardReady,
@@ -51,6 +51,8 @@ class Link:
         self._expires_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._starting: asyncio.Task[None] | None = None
+        self._wanted = asyncio.Event()  # a look at the escrow
+        self._refreshing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         vcm.remaining = self.remaining
 
@@ -96,7 +98,7 @@ class Link:
             await channel.send(CmkLoaded())
         if self._vcm.serving:
             await channel.send(Serving())
-            self._spawn(self._refresh())  # changes may have passed unheard
+            self._refresh_soon()  # changes may have passed unheard
         self._channel = channel
         self._connected.set()
 
@@ -109,7 +111,7 @@ class Link:
             case EscrowChanged(sequence):
                 seen = self._vcm.escrow.seen
                 if seen is not None and sequence > seen.sequence:
-                    self._spawn(self._refresh())
+                    self._refresh_soon()
             case CertificatesRevoked(serials):
                 self._server.revoke(serials)
             case Revoked(reason):
@@ -148,8 +150,16 @@ class Link:
         except CipherfleetError as exc:
             log.warning("the card refused a lease: %s", exc.code)
             return
-        self._expires_at = codec.decode(done.parameters, LeaseState).expires_at
+        state = codec.decode(done.parameters, LeaseState, what="the lease's state")
+        self._expires_at = state.expires_at
         self._watch()
+        try:
+            self._vcm.escrow.pin(Seen(state.epoch, state.sequence, state.head))
+        except EscrowRolledBack as exc:
+            self._vcm.end(exc.code, exc.message)
+            return
+        if self._vcm.escrow.behind:
+            self._refresh_soon()
         if self._starting is None:
             self._starting = self._spawn(self._start_serving())
 
@@ -178,7 +188,7 @@ class Link:
             card = await self._describe()
             while True:
                 try:
-                    await self._vcm.escrow.load(Seen(card.epoch, card.sequence, card.head))
+                    await self._vcm.escrow.load(Seen(card.epoch, card.sequence, card.head), card.kmc_signing_key)
                     break
                 except ServiceUnavailable as exc:
                     log.info("the escrow's view: %s", exc.code)
@@ -193,11 +203,28 @@ class Link:
             await self._channel.send(Serving())
         await self._on_serving()
 
+    def _refresh_soon(self) -> None:
+        """See what is there now, and go on until it was seen."""
+        self._wanted.set()
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = self._spawn(self._refresh())
+
     async def _refresh(self) -> None:
-        try:
-            await self._vcm.keys.refresh()
-        except CipherfleetError as exc:
-            log.warning("the escrow changed: %s: %s", exc.code, exc.message)
+        pause = FIRST_PAUSE_S
+        while self._wanted.is_set():
+            self._wanted.clear()
+            try:
+                await self._vcm.keys.refresh()
+            except EscrowRolledBack as exc:
+                self._vcm.end(exc.code, exc.message)
+                return
+            except CipherfleetError as exc:
+                log.warning("the escrow changed: %s: %s", exc.code, exc.message)
+                self._wanted.set()
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+            else:
+                pause = FIRST_PAUSE_S
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         async def guarded() -> None:

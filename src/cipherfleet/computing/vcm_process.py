@@ -43,7 +43,7 @@ class Confined(NamedTuple):
 
 def confined(configuration: VcmConfig) -> Confined:
     """First of all, before there is a loop: a loop's io_uring would be a way around seccomp."""
-    return Confined(configuration, confine(configuration.confinement))
+    return Confined(configuration, confine(configuration.confinement, listening=configuration.listening))
 
 
 async def main(vcm: Confined, ready: Callable[[object], None], stop: asyncio.Event, *, mount: Mount) -> None:

@@ -5,7 +5,7 @@
     CipherfleetError
     ├── BadInput (400)        malformed, truncated, too-large, out-of-order, unsupported
     ├── Unauthorised (401)    certificate-*, challenge-*, token-stale, statement-forged, pin-wrong, login-refused
-    ├── Forbidden (403)       not-permitted, application-unknown, foreign-*, policy-refused
+    ├── Forbidden (403)       not-permitted, application-unknown, consumer-revoked, foreign-*, policy-refused
     ├── NotFound (404)        key-unknown, vcm-unknown, consumer-unknown, route-unknown
     ├── Conflict (409)        exists, key-disabled, state-*, mark-mismatch, wrong-key-type
     ├── Tampered (422)        ciphertext-*, escrow-*, signature-invalid, mac-invalid, checkpoint-*
@@ -195,6 +195,12 @@ class ApplicationUnknown(Forbidden):
 
 class ApplicationRevoked(Forbidden):
     code = "application-revoked"
+
+
+class ConsumerRevoked(Forbidden):
+    """The operator revoked this consumer's Ukey, for good."""
+
+    code = "consumer-revoked"
 
 
 class ForeignConsumer(Forbidden):

@@ -3,6 +3,9 @@
 Every change of a row appends an entry to the consumer's log; the log's head is a hash chain over all entries. The HSM
 signs (sequence, head), the Ukey keeps the newest one it saw, and a VCM replays the chain before it trusts a row. So a
 row that was removed, edited, moved or set back does not pass, not even by the one who runs the database.
+
+Whoever runs the HSM, too, can append what was written before, or what was made and kept back. What the consumer's side
+signed and sealed says what it follows (a statement's sequence, ``KeyAttributes.previous``), so that is found as well.
 """
 
 import hashlib
@@ -14,6 +17,8 @@ from cipherfleet.contract.errors import EscrowRolledBack, EscrowRowForeign, Escr
 from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId
 from cipherfleet.contract.statements import Signed
 
+APPLICATION = "application/"
+
 
 class KeyState(StrEnum):
     ENABLED = "enabled"
@@ -22,7 +27,10 @@ class KeyState(StrEnum):
 
 
 class KeyAttributes(msgspec.Struct, frozen=True):
-    """Row version 0 of a key: what is true of the key as a whole. ``revision`` grows with every change."""
+    """Row version 0 of a key: what is true of the key as a whole. ``revision`` grows with every change.
+
+    ``previous`` is the digest of the row that this one replaces, empty for the first.
+    """
 
     algorithm: str
     state: KeyState
@@ -31,6 +39,7 @@ class KeyAttributes(msgspec.Struct, frozen=True):
     created_at: float
     label: str = ""
     created_by: str = ""
+    previous: bytes = b""
 
 
 class VersionAttributes(msgspec.Struct, frozen=True):
@@ -75,14 +84,15 @@ class RowWrite(msgspec.Struct, frozen=True):
 
 
 class StatementEntry(msgspec.Struct, frozen=True):
-    """An application's newest Ukey-signed statement, as the escrow keeps it."""
+    """An application's newest Ukey-signed statement, as the escrow keeps it. ``sequence`` is the statement's own."""
 
     name: ApplicationName
     statement: Signed
+    sequence: int
 
     @property
     def subject(self) -> str:
-        return f"application/{self.name}"
+        return f"{APPLICATION}{self.name}@{self.sequence}"
 
 
 class EscrowView(msgspec.Struct, frozen=True):
@@ -122,7 +132,8 @@ def row_digest(row: EscrowRow) -> bytes:
 
 
 def statement_digest(statement: Signed) -> bytes:
-    return hashlib.sha256(msgspec.json.encode(statement)).digest()
+    """Over kind and payload: a signature can be written in more than one way, what is signed cannot."""
+    return hashlib.sha256(msgspec.json.encode([statement.kind, statement.payload])).digest()
 
 
 def replay(start: Seen, log: tuple[LogEntry, ...]) -> Seen:
@@ -139,6 +150,14 @@ def replay(start: Seen, log: tuple[LogEntry, ...]) -> Seen:
     return Seen(start.epoch, sequence, head)
 
 
+def heads(start: Seen, log: tuple[LogEntry, ...]) -> list[bytes]:
+    """The head at ``start`` and after each entry of ``log``."""
+    found = [start.head]
+    for entry in log:
+        found.append(extend(found[-1], entry))
+    return found
+
+
 def check_continues(log: tuple[LogEntry, ...], seen: Seen) -> None:
     """That a whole log (from the first entry) passes through ``seen``. Raises ``EscrowRolledBack``."""
     if len(log) < seen.sequence:
@@ -152,7 +171,6 @@ def check_view(consumer: ConsumerId, view: EscrowView, checkpoint: Seen, seen: S
     ``EscrowRolledBack``, ``EscrowRowForeign`` or ``EscrowRowTampered``.
     """
     point = Seen(checkpoint.epoch, 0, genesis(consumer, checkpoint.epoch))
-    newest: dict[str, bytes] = {}
     if seen is not None and seen.epoch != checkpoint.epoch:
         raise EscrowRolledBack(f"the escrow is in epoch {checkpoint.epoch}, {seen.epoch} was seen before")
     if seen is not None:
@@ -161,21 +179,57 @@ def check_view(consumer: ConsumerId, view: EscrowView, checkpoint: Seen, seen: S
             raise EscrowRolledBack("the escrow's history differs from the one seen before")
     if replay(point, view.log) != checkpoint:
         raise EscrowRolledBack("the escrow's log does not lead to its checkpoint")
-    for entry in view.log:
-        newest[entry.subject] = entry.digest
+    history = _histories(view.log)
     for row in view.rows:
         if row.consumer != consumer:
             raise EscrowRowForeign(f"row of key {row.key} belongs to another consumer")
-        expected = newest.pop(row.subject, None)
-        if expected is None:
+        digests = history.pop(row.subject, None)
+        if digests is None:
             raise EscrowRowForeign(f"row {row.subject} was never written by this consumer")
-        if expected != row_digest(row):
+        if digests[-1] != row_digest(row):
             raise EscrowRowTampered(f"row {row.subject} is not the one that was written last")
+        check_follows(row, digests[-2] if len(digests) > 1 else b"")
     for kept in view.statements:
-        if newest.pop(kept.subject, None) != statement_digest(kept.statement):
+        if history.pop(kept.subject, None) != [statement_digest(kept.statement)]:
             raise EscrowRowTampered(f"the statement for application {kept.name} is not the newest one")
-    if newest:
-        raise EscrowRolledBack(f"{len(newest)} rows are missing, first {min(newest)}")
+    if history:
+        raise EscrowRolledBack(f"{len(history)} rows are missing, first {min(history)}")
+
+
+def check_follows(row: EscrowRow, previous: bytes) -> None:
+    """That a key's attributes replace what the log has before them (a digest, or empty). Raises ``EscrowRolledBack``."""
+    if row.version != 0:
+        return
+    try:
+        attributes = decode_attributes(row)
+    except Malformed as exc:
+        raise EscrowRowTampered(f"row {row.subject} cannot be read") from exc
+    if not isinstance(attributes, KeyAttributes) or attributes.previous != previous:
+        raise EscrowRolledBack(f"row {row.subject} was not made to replace the one before it")
+
+
+def _histories(log: tuple[LogEntry, ...]) -> dict[str, list[bytes]]:
+    """What each row held, oldest first, and of each application the newest statement alone.
+
+    Rows are sealed anew for each change and statements are numbered, so none comes twice. Raises ``EscrowRolledBack``.
+    """
+    history: dict[str, list[bytes]] = {}
+    labels: dict[str, str] = {}  # of each application: its newest
+    written: set[tuple[str, bytes]] = set()
+    newest = 0
+    for entry in log:
+        if (entry.subject, entry.digest) in written:
+            raise EscrowRolledBack(f"entry {entry.sequence} sets {entry.subject} back to what it was before")
+        written.add((entry.subject, entry.digest))
+        if entry.subject.startswith(APPLICATION):
+            name, _, number = entry.subject.rpartition("@")
+            if not number.isdecimal() or f"{name}@{int(number)}" != entry.subject or int(number) <= newest:
+                raise EscrowRolledBack(f"entry {entry.sequence} brings {entry.subject} after statement {newest}")
+            newest = int(number)
+            history.pop(labels.get(name, ""), None)
+            labels[name] = entry.subject
+        history.setdefault(entry.subject, []).append(entry.digest)
+    return history
 
 
 def decode_attributes(row: EscrowRow) -> KeyAttributes | VersionAttributes:

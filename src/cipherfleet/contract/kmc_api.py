@@ -6,6 +6,7 @@
     operator   POST   /v1/consumers                        EnrolRequest -> EnrolReply         (consumer is pending)
     operator   POST   /v1/consumers/{consumer}/confirm     -> Done
     operator   DELETE /v1/consumers/{consumer}             -> Done                            (only while pending)
+    operator   POST   /v1/consumers/{consumer}/revoke-ukey -> Done                            the Ukey is stolen: off for good; idempotent
     operator   GET    /v1/consumers                        -> ConsumerList
     operator   GET    /v1/applications                     -> ApplicationList
     operator   POST   /v1/applications/{consumer}/{name}/revoke -> Done
@@ -26,7 +27,7 @@
     vcm        GET    /v1/audit                            -> AuditLog                        own consumer only
     vcm        WS     /v1/vcm                              VcmToKmc / KmcToVcm
     terminal   WS     /v1/terminal                         TerminalToKmc / KmcToTerminal
-    terminal   POST   /v1/applications                     ApplicationRequest -> Chain
+    terminal   POST   /v1/applications                     ApplicationRequest -> ApplicationReply
 """
 
 import msgspec
@@ -59,7 +60,7 @@ class EnrolReply(Message, frozen=True):
 
 class ConsumerEntry(Message, frozen=True):
     name: ConsumerId
-    state: str  # pending | enrolled
+    state: str  # pending | enrolled | revoked
     enrolled_at: float
     keys: int
     applications: int
@@ -290,7 +291,16 @@ class TerminalRefused(KmcToTerminal, frozen=True):
 
 
 class ApplicationRequest(Message, frozen=True):
-    """A Ukey-signed ``ApplicationStatement`` and the CSR (DER) whose key it names."""
+    """A Ukey-signed ``ApplicationStatement`` and the CSR (DER) whose key it names; ``since``: how much of the log the Ukey saw."""
 
     statement: Signed
     csr: bytes
+    since: int = 0
+
+
+class ApplicationReply(Message, frozen=True):
+    """The certificate (empty after a signing out), and that the statement is in the escrow: ``log`` continues from ``since``."""
+
+    chain: Chain
+    checkpoint: Signed
+    log: tuple[LogEntry, ...]

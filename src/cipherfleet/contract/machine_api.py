@@ -36,6 +36,7 @@ class Isolation(Message, frozen=True):
     capabilities: str = ""  # hex of the effective set; "0" when none
     read_only_root: bool = False
     limits: dict[str, int] = msgspec.field(default_factory=dict)
+    network_confined: bool = False  # Landlock (ABI 4) refuses to connect and to bind over TCP, tried from inside
 
 
 class VcmSize(Message, frozen=True):

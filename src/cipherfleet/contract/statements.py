@@ -56,7 +56,10 @@ class IdentityRequest(Statement, frozen=True):
 
 
 class LeaseStatement(Statement, frozen=True):
-    """The permission to serve: valid for ``duration_ms`` from the moment the card made ``nonce`` (16 bytes)."""
+    """The permission to serve: valid for ``duration_ms`` from the moment the card made ``nonce`` (16 bytes).
+
+    ``epoch``, ``sequence`` and ``head`` are the newest point of the escrow that the Ukey has seen: nothing older is to be served.
+    """
 
     KIND: ClassVar[str] = "cipherfleet/lease/v1"
     consumer: ConsumerId
@@ -64,6 +67,9 @@ class LeaseStatement(Statement, frozen=True):
     vcm: VcmId
     nonce: bytes
     duration_ms: int
+    epoch: int
+    sequence: int
+    head: bytes
 
 
 class LoginStatement(Statement, frozen=True):
@@ -122,6 +128,7 @@ class SealedShare(Statement, frozen=True):
     vcm: VcmId
     ukey_share: bytes  # 32 bytes
     ukey_public_keys: tuple[bytes, ...]  # SubjectPublicKeyInfo, DER: whose signatures count
+    kmc_signing_key: bytes  # SubjectPublicKeyInfo, DER, from the Ukey: whose leases and checkpoints count
     epoch: int
     sequence: int  # the newest checkpoint this Ukey has seen: older state is refused
     head: bytes

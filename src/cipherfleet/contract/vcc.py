@@ -102,10 +102,13 @@ class CmkDelivery(msgspec.Struct, frozen=True):
 
 
 class LeaseState(msgspec.Struct, frozen=True):
-    """``expires_at``: ``CLOCK_BOOTTIME`` of the card's host, seconds."""
+    """``expires_at``: ``CLOCK_BOOTTIME`` of the card's host, seconds. The rest: what the Ukey had seen of the escrow."""
 
     expires_at: float
     remaining_s: float
+    epoch: int
+    sequence: int
+    head: bytes
 
 
 class CardDescription(msgspec.Struct, frozen=True):
@@ -119,6 +122,7 @@ class CardDescription(msgspec.Struct, frozen=True):
     epoch: int = 0
     sequence: int = 0
     head: bytes = b""  # the newest checkpoint the Ukey had seen (from the sealed share)
+    kmc_signing_key: bytes = b""  # SubjectPublicKeyInfo, DER (from the sealed share)
     operations: int = 0
     bytes: int = 0
     keys: int = 0

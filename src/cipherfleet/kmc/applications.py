@@ -22,12 +22,12 @@ from cipherfleet.contract.errors import (
 from cipherfleet.contract.escrow import LogEntry, StatementEntry, statement_digest
 from cipherfleet.contract.identities import Identity, Peer, Role
 from cipherfleet.contract.ids import ApplicationName, ConsumerId, Serial
-from cipherfleet.contract.kmc_api import ApplicationEntry, ApplicationList, ApplicationRequest
+from cipherfleet.contract.kmc_api import ApplicationEntry, ApplicationList, ApplicationReply, ApplicationRequest
 from cipherfleet.contract.messages import Chain
 from cipherfleet.contract.statements import ApplicationStatement, Signed
 from cipherfleet.kmc import audit, store
 from cipherfleet.kmc.center import Center
-from cipherfleet.kmc.escrow import Escrow, append_log
+from cipherfleet.kmc.escrow import MAX_LOG, Escrow, append_log
 from cipherfleet.kmc.registry import Issued
 from cipherfleet.kmc.requests import subject_key
 from cipherfleet.kmc.schema import consumers, statements
@@ -45,11 +45,11 @@ class Applications:
     def __init__(self, center: Center, escrow: Escrow, service: Service) -> None:
         self._center, self._escrow, self._service = center, escrow, service
 
-    async def sign(self, request: ApplicationRequest, peer: Peer) -> Chain:
+    async def sign(self, request: ApplicationRequest, peer: Peer) -> ApplicationReply:
         """Sign an application in, or out. The statement takes effect with the commit, and with it the certificate.
 
         Raises ``StatementForged``, ``StatementReplayed``, ``StatementExpired``, ``ForeignConsumer``, ``PolicyRefused``, or what is
-        wrong with the request. A signing out answers with an empty chain.
+        wrong with the request. A signing out answers with an empty chain. With ``HsmUnavailable`` it may have taken effect.
         """
         center, consumer, at = self._center, peer.identity.consumer, self._center.wall_clock()
         found = await center.database.read(partial(store.get_consumer, name=consumer))
@@ -60,8 +60,8 @@ class Applications:
             _check_sequence(statement, store.get_consumer(connection, consumer))
             superseded = store.revoke_holders(connection, Role.APPLICATION, consumer, id_=statement.name)
             _put(connection, statement, request.statement, issued)
-            change = (StatementEntry(statement.name, request.statement).subject, statement_digest(request.statement))
-            entries = append_log(connection, consumer, [change])
+            entry = StatementEntry(statement.name, request.statement, statement.sequence)
+            entries = append_log(connection, consumer, [(entry.subject, statement_digest(request.statement))])
             if issued is not None:
                 store.add_certificate(connection, issued)
             event = "application-signed-out" if statement.revoked else "application-signed-in"
@@ -76,7 +76,9 @@ class Applications:
             center.revoked(done[0])
 
         await center.database.write(commit, committed)
-        return center.certification.chain(issued) if issued is not None else Chain(b"", center.certification.domain_pem(consumer))
+        chain = center.certification.chain(issued) if issued is not None else Chain(b"", center.certification.domain_pem(consumer))
+        _, checkpoint, entries = await self._escrow.since(consumer, min(max(request.since, 0), MAX_LOG))
+        return ApplicationReply(chain, checkpoint, entries)
 
     async def revoke(self, consumer: ConsumerId, name: ApplicationName, *, actor: str) -> None:
         """The operator's revocation, which only another statement of the consumer undoes. Raises ``ApplicationUnknown``."""

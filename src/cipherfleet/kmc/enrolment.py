@@ -8,7 +8,7 @@ from functools import partial
 from sqlalchemy import Connection
 
 from cipherfleet.channel.certificates import fingerprint, public_key_der
-from cipherfleet.contract.errors import ConsumerUnknown, Exists, HsmUnavailable, Malformed, NotPermitted, StateConflict
+from cipherfleet.contract.errors import ConsumerRevoked, ConsumerUnknown, Exists, HsmUnavailable, Malformed, NotPermitted, StateConflict
 from cipherfleet.contract.escrow import Seen, genesis
 from cipherfleet.contract.identities import Identity, Peer, Role
 from cipherfleet.contract.ids import ConsumerId, MachineId, Serial
@@ -39,7 +39,7 @@ class Enrolment:
     async def enrol(self, request: EnrolRequest) -> EnrolReply:
         """A pending consumer; one that was pending before is replaced. The HSM share is in the reply and nowhere else.
 
-        Raises ``Exists`` for an enrolled one, or what is wrong with the requests.
+        Raises ``Exists`` for an enrolled one, ``ConsumerRevoked`` for a revoked one, or what is wrong with the requests.
         """
         async with self._one:
             center, consumer = self._center, request.consumer
@@ -58,7 +58,7 @@ class Enrolment:
 
             def commit(connection: Connection) -> tuple[Serial, ...]:
                 _check_not_enrolled(connection, consumer)
-                superseded = _revoke_ukey(connection, consumer)
+                superseded = store.revoke_ukey(connection, consumer)
                 store.put_pending(connection, consumer, ukey, at=at)
                 for issued in (identity, channel):
                     store.add_certificate(connection, issued)
@@ -89,19 +89,19 @@ class Enrolment:
         await self._center.database.write(commit)
 
     async def remove(self, consumer: ConsumerId) -> None:
-        """An enrolment that was not finished. Idempotent. Raises ``StateConflict`` for an enrolled consumer."""
+        """An enrolment that was not finished. Idempotent. Raises ``StateConflict`` for one that is not pending."""
         async with self._one:
             at, name = self._center.wall_clock(), domain_label(consumer)
 
             def commit(connection: Connection) -> tuple[Serial, ...]:
                 found = store.find_consumer(connection, consumer)
-                if found is not None and found.state == store.ENROLLED:
-                    raise StateConflict(f"consumer {consumer} is enrolled, only a pending enrolment can be taken back")
+                if found is not None and found.state != store.PENDING:
+                    raise StateConflict(f"consumer {consumer} is {found.state}, only a pending enrolment can be taken back")
                 store.remove_pending(connection, consumer)
                 store.remove_authority(connection, name)
                 if found is not None:
                     audit.append(connection, consumer, at=at, actor=OPERATOR.uri, event="enrolment-removed", subject=consumer)
-                return _revoke_ukey(connection, consumer)
+                return store.revoke_ukey(connection, consumer)
 
             await self._center.database.write(commit, self._center.revoked)
             self._center.certification.drop(name)
@@ -147,11 +147,15 @@ class Enrolment:
         return CardReply(center.certification.chain(issued), center.signer.public_key)
 
     async def platform(self, role: str, id_: str, request: CertificateRequest, *, actor: str) -> Chain:
-        """A certificate for a process of the platform, or for the operator. Raises ``NotPermitted``."""
+        """A certificate for a process of the platform, which ends those it had before, or for the operator.
+
+        Raises ``NotPermitted``.
+        """
         pattern = _PLATFORM_IDS.get(Role(role)) if role in set(Role) else None
         if pattern is None or re.match(pattern, id_) is None:
             raise NotPermitted(f"the operator does not certify {role[:32]} {id_[:32]}")
-        issued = await self.issue_platform(Identity(Role(role), id_), request, actor=actor)
+        identity = Identity(Role(role), id_)
+        issued = await self.issue_platform(identity, request, actor=actor, alone=identity.role is not Role.OPERATOR)
         return self._center.certification.chain(issued)
 
     async def issue_platform(self, identity: Identity, request: CertificateRequest, *, actor: str, alone: bool = False) -> Issued:
@@ -160,13 +164,12 @@ class Enrolment:
         until = at + center.settings.process_certificate_days * DAY_S
         key = subject_key(request.csr, identity.role)
         issued = await center.certification.issue(identity, key, not_after=until, addresses=request.addresses)
-        older = [i for i in center.registry.active(identity) if alone and i.public_key_sha256 != issued.public_key_sha256]
 
         def commit(connection: Connection) -> tuple[Serial, ...]:
-            store.revoke_serials(connection, [i.serial for i in older])
+            older = store.revoke_other_keys(connection, issued) if alone else ()
             store.add_certificate(connection, issued)
             audit.append(connection, "", at=at, actor=actor, event="certificate-issued", subject=identity.uri)
-            return tuple(i.serial for i in older)
+            return older
 
         await center.database.write(commit, partial(center.recorded, issued))
         return issued
@@ -174,9 +177,7 @@ class Enrolment:
 
 def _check_not_enrolled(connection: Connection, consumer: ConsumerId) -> None:
     found = store.find_consumer(connection, consumer)
+    if found is not None and found.state == store.REVOKED:
+        raise ConsumerRevoked(f"consumer {consumer} was revoked", "enrol the new Ukey under another name")
     if found is not None and found.state == store.ENROLLED:
         raise Exists(f"consumer {consumer} is enrolled already")
-
-
-def _revoke_ukey(connection: Connection, consumer: ConsumerId) -> tuple[Serial, ...]:
-    return store.revoke_holders(connection, Role.UKEY, consumer) + store.revoke_holders(connection, Role.TERMINAL, consumer)

@@ -22,11 +22,12 @@ from cipherfleet.contract.escrow import (
     extend,
     row_digest,
 )
-from cipherfleet.contract.ids import ConsumerId
+from cipherfleet.contract.ids import ApplicationName, ConsumerId
 from cipherfleet.contract.kmc_api import EscrowReceipt, EscrowWrite
-from cipherfleet.contract.statements import CheckpointStatement, Signed
+from cipherfleet.contract.statements import ApplicationStatement, CheckpointStatement, Signed
 from cipherfleet.kmc import audit, store
 from cipherfleet.kmc.center import Center
+from cipherfleet.kmc.pace import Pace
 from cipherfleet.kmc.schema import consumers, log, rows, statements
 
 # A consumer's whole view travels in one answer of at most 16 MiB (base64 included), and these bounds keep it below.
@@ -36,6 +37,10 @@ MAX_KEYS = 4096
 MAX_ROWS = 16_384
 MAX_ROW_BYTES = 4 * 1024 * 1024
 MAX_LOG = 65_536
+STATEMENT_ENTRIES = 1024
+"""The last entries of a log are kept for statements: whoever fills it with rows cannot hinder a signing out."""
+CHANGES_PER_SECOND, CHANGES_BURST = 50, 2000
+"""Changes of a consumer's existing rows; new ones are bounded by ``MAX_ROWS``."""
 MAX_VERSION = 2**31 - 1
 
 
@@ -46,6 +51,7 @@ class Escrow:
         self._center = center
         self._checkpoints: dict[ConsumerId, tuple[Seen, Signed]] = {}
         self._sequences: dict[ConsumerId, int] = {}
+        self._pace = Pace(CHANGES_PER_SECOND, CHANGES_BURST)
 
     async def view(self, consumer: ConsumerId) -> EscrowView:
         """Flow step g: everything of a consumer, as of one moment. Raises ``HsmUnavailable``."""
@@ -63,11 +69,13 @@ class Escrow:
         Raises ``Malformed``, ``TooLarge``, ``ForeignConsumer``, ``LimitReached`` or ``StateConflict``.
         """
         check_write(consumer, request)
+        self._pace.take(consumer, sum(bool(write.previous) for write in request.writes))
         at = self._center.wall_clock()
         subject = ", ".join(dict.fromkeys(write.row.key for write in request.writes))
 
         def commit(connection: Connection) -> EscrowReceipt:
-            entries = append_log(connection, consumer, [(_store_row(connection, write), row_digest(write.row)) for write in request.writes])
+            changes = [(_store_row(connection, write), row_digest(write.row)) for write in request.writes]
+            entries = append_log(connection, consumer, changes, kept_free=STATEMENT_ENTRIES)
             actor = f"{request.actor[:120]} via {via}" if request.actor else via
             audit.append(connection, consumer, at=at, actor=actor, event=request.event or "escrow-written", subject=subject)
             return EscrowReceipt(entries)
@@ -131,12 +139,14 @@ def check_write(consumer: ConsumerId, request: EscrowWrite) -> None:
         decode_attributes(row)
 
 
-def append_log(connection: Connection, consumer: ConsumerId, changes: list[tuple[str, bytes]]) -> tuple[LogEntry, ...]:
+def append_log(
+    connection: Connection, consumer: ConsumerId, changes: list[tuple[str, bytes]], *, kept_free: int = 0
+) -> tuple[LogEntry, ...]:
     """New entries, and the new head of the consumer's log. Raises ``LimitReached``."""
     found = store.get_consumer(connection, consumer)
     sequence, head, entries = found.sequence, found.head, []
-    if sequence + len(changes) > MAX_LOG:
-        raise LimitReached(f"the escrow of {consumer} has seen {MAX_LOG} changes, no more fit")
+    if sequence + len(changes) > MAX_LOG - kept_free:
+        raise LimitReached(f"the escrow of {consumer} has seen {sequence} changes, no more fit")
     for subject, digest in changes:
         sequence += 1
         entry = LogEntry(sequence, subject, digest)
@@ -162,9 +172,13 @@ def _read_rows(connection: Connection, consumer: ConsumerId) -> tuple[EscrowRow,
 def _read_statements(connection: Connection, consumer: ConsumerId) -> tuple[StatementEntry, ...]:
     query = select(statements).where(statements.c.consumer == consumer).order_by(statements.c.name)
     try:
-        return tuple(StatementEntry(row.name, codec.decode(_bytes(row.statement), Signed)) for row in connection.execute(query))
+        return tuple(_statement_entry(row.name, codec.decode(_bytes(row.statement), Signed)) for row in connection.execute(query))
     except Malformed as exc:
         raise EscrowRowTampered(f"a statement of {consumer} cannot be read") from exc
+
+
+def _statement_entry(name: str, signed: Signed) -> StatementEntry:
+    return StatementEntry(ApplicationName(name), signed, codec.decode(signed.payload, ApplicationStatement).sequence)
 
 
 def _bytes(kept: bytes | str) -> bytes:

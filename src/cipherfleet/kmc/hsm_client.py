@@ -5,7 +5,7 @@ import contextlib
 from pathlib import Path
 
 from cipherfleet.channel import codec
-from cipherfleet.contract.errors import CipherfleetError, ErrorBody, HsmUnavailable
+from cipherfleet.contract.errors import CipherfleetError, ErrorBody, HsmUnavailable, PinWrong
 from cipherfleet.kmc import hsm_wire as wire
 from cipherfleet.kmc.hsm import KeyHandle, Label, Mechanism
 
@@ -13,10 +13,11 @@ CALL_TIMEOUT_S = 10.0
 
 
 class HsmClient:
-    """An ``Hsm`` in another process. One connection, one request at a time (a token's one session)."""
+    """An ``Hsm`` in another process. One connection, logged in with ``pin``, one request at a time (a token's one session)."""
 
-    def __init__(self, path: Path, *, timeout: float = CALL_TIMEOUT_S) -> None:
+    def __init__(self, path: Path, pin: str, *, timeout: float = CALL_TIMEOUT_S) -> None:
         self._path, self._timeout = path, timeout
+        self._login = wire.frame(wire.Login(pin))
         self._lock = asyncio.Lock()
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
@@ -70,12 +71,23 @@ class HsmClient:
                 if not kept:
                     raise
                 raw = await self._exchange(message)
-        reply = codec.decode(raw, wire.Reply, what="the HSM's reply", limit=wire.MAX_MESSAGE_BYTES)
-        if reply.code:
-            raise CipherfleetError.from_body(ErrorBody(reply.code, reply.message))
-        return reply
+        return _checked(raw)
 
     async def _exchange(self, message: bytes) -> bytes:
+        """The reply to ``message``, on a connection that is logged in. Raises ``HsmUnavailable`` or ``PinWrong``."""
+        if self._streams is None:
+            raw = await self._attempt(self._login)
+            try:
+                _checked(raw)
+            except PinWrong as exc:
+                await self._drop()
+                raise PinWrong(exc.message, "the HSM runs with another PIN: cipherfleet down, then cipherfleet up") from exc
+            except CipherfleetError:
+                await self._drop()
+                raise
+        return await self._attempt(message)
+
+    async def _attempt(self, message: bytes) -> bytes:
         try:
             async with asyncio.timeout(self._timeout):
                 if self._streams is None:
@@ -100,6 +112,14 @@ class HsmClient:
         streams, self._streams = self._streams, None
         if streams is not None:
             streams[1].transport.abort()
+
+
+def _checked(raw: bytes) -> wire.Reply:
+    """Raises the error that the HSM replied with."""
+    reply = codec.decode(raw, wire.Reply, what="the HSM's reply", limit=wire.MAX_MESSAGE_BYTES)
+    if reply.code:
+        raise CipherfleetError.from_body(ErrorBody(reply.code, reply.message))
+    return reply
 
 
 def _handle(reply: wire.Reply) -> KeyHandle:

@@ -1,7 +1,8 @@
-"""The embedded HSM's own process: it serves its port on a unix socket to processes of the same user alone."""
+"""The embedded HSM's own process: it serves its port on a unix socket to processes of the same user that know its PIN."""
 
 import asyncio
 import contextlib
+import hmac
 import logging
 import os
 import socket
@@ -11,22 +12,26 @@ from typing import assert_never
 
 import msgspec
 
-from cipherfleet.contract.errors import CipherfleetError, Internal, Malformed, StateNotWritable
+from cipherfleet.contract.errors import CipherfleetError, Internal, LoginRefused, Malformed, OutOfOrder, PinWrong, StateNotWritable
 from cipherfleet.kmc import hsm_wire as wire
 from cipherfleet.kmc.hsm import Hsm
 
 log = logging.getLogger(__name__)
 
 BODY_TIMEOUT_S = 5.0
+LOGIN_TIMEOUT_S = 5.0
+WRONG_PIN_DELAY_S = 0.5
 MAX_CONNECTIONS = 64
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
 class HsmServer:
-    """Serves one ``Hsm``. One request at a time per connection, in order."""
+    """Serves one ``Hsm``. One request at a time per connection, in order, after a login with ``pin``."""
 
-    def __init__(self, hsm: Hsm, path: Path, *, uid: int | None = None) -> None:
-        self._hsm, self._path = hsm, path
+    def __init__(self, hsm: Hsm, path: Path, pin: str, *, uid: int | None = None) -> None:
+        if not pin:
+            raise RuntimeError("an HSM without a PIN would be anybody's")
+        self._hsm, self._path, self._pin = hsm, path, pin.encode()
         self._uid = os.geteuid() if uid is None else uid
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -67,6 +72,8 @@ class HsmServer:
         try:
             if len(self._tasks) > MAX_CONNECTIONS or not self._is_ours(writer):
                 return
+            if not await self._login(reader, writer):
+                return
             while (raw := await wire.read_message(reader, body_timeout=BODY_TIMEOUT_S)) is not None:
                 writer.write(wire.frame(await self._answer(raw)))
                 await writer.drain()
@@ -80,6 +87,24 @@ class HsmServer:
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
+
+    async def _login(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """The first message; ``False`` at an end before it. Raises ``LoginRefused``, or ``PinWrong`` after a delay."""
+        async with asyncio.timeout(LOGIN_TIMEOUT_S):
+            raw = await wire.read_message(reader, body_timeout=BODY_TIMEOUT_S)
+        if raw is None:
+            return False
+        try:
+            login = msgspec.json.decode(raw, type=wire.Login)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+            raise LoginRefused("the HSM takes no request before a login") from exc
+        if not hmac.compare_digest(login.pin.encode(errors="surrogatepass"), self._pin):
+            log.warning("a login to the HSM with a wrong PIN was refused")
+            await asyncio.sleep(WRONG_PIN_DELAY_S)
+            raise PinWrong("this is not the HSM's PIN")
+        writer.write(wire.frame(wire.Reply()))
+        await writer.drain()
+        return True
 
     def _is_ours(self, writer: asyncio.StreamWriter) -> bool:
         connection: socket.socket = writer.get_extra_info("socket")
@@ -105,6 +130,8 @@ class HsmServer:
     async def _do(self, request: wire.AnyRequest) -> wire.Reply:
         hsm = self._hsm
         match request:
+            case wire.Login():
+                raise OutOfOrder("this connection is logged in already")
             case wire.Mechanisms():
                 return wire.Reply(names=tuple(sorted(await hsm.mechanisms())))
             case wire.GenerateKeyPair(label):

@@ -22,6 +22,15 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
     """Base of all requests; the subclass's name is the operation."""
 
 
+class Login(Request, frozen=True):
+    """The first message of every connection, as a token's user PIN."""
+
+    pin: str
+
+    def __repr__(self) -> str:
+        return "Login(...)"
+
+
 class Mechanisms(Request, frozen=True):
     pass
 
@@ -61,7 +70,7 @@ class Destroy(Request, frozen=True):
     handle: KeyHandle
 
 
-AnyRequest = Mechanisms | GenerateKeyPair | GenerateWrapKey | Find | PublicKey | Sign | GenerateWrapped | Rewrap | Destroy
+AnyRequest = Login | Mechanisms | GenerateKeyPair | GenerateWrapKey | Find | PublicKey | Sign | GenerateWrapped | Rewrap | Destroy
 
 
 class Reply(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -59,18 +59,20 @@ class IdentityDesk:
         self._challenges = Challenges(center.settings.challenge_s)
 
     async def challenge(self, consumer: ConsumerId) -> Challenge:
-        """Raises ``ConsumerUnknown`` or ``LimitReached``."""
+        """Raises ``ConsumerUnknown``, ``ConsumerRevoked``, ``LimitReached``, or ``ServiceOff`` while a revocation waits for the disk."""
         await self._center.database.read(partial(store.get_consumer, name=consumer))
+        self._service.revoke.check_settled(consumer)
         return Challenge(self._challenges.new(consumer), self._center.settings.challenge_s)
 
     async def verify(self, signed: Signed, *, actor: str) -> IdentityReply:
         """step b: that the Ukey answered the challenge.
 
         For a build a new ``user_vcm_token``; for a deletion everything of the VCM is revoked. Raises ``StatementForged``,
-        ``ConsumerUnknown``, ``ChallengeUnknown``, ``ChallengeReplayed``, ``ForeignConsumer`` or ``Malformed``.
+        ``ConsumerUnknown``, ``ConsumerRevoked``, ``ChallengeUnknown``, ``ChallengeReplayed``, ``ForeignConsumer`` or ``Malformed``.
         """
         request = _claimed(signed)
         consumer = await self._center.database.read(partial(store.get_consumer, name=request.consumer))
+        self._service.revoke.check_settled(consumer.name)
         try:
             signing.verify(signed, IdentityRequest, [consumer.ukey])
             if (request.purpose is Purpose.BUILD_VCM) != (request.vcm is None):
@@ -109,6 +111,7 @@ class IdentityDesk:
         Raises ``TokenStale``, ``ForeignConsumer``, ``Exists`` or ``Malformed``.
         """
         address, at = _ip_of(order.address), self._center.wall_clock()
+        self._service.revoke.check_settled(order.consumer)
 
         def commit(connection: Connection) -> None:
             store.get_consumer(connection, order.consumer)
@@ -135,6 +138,7 @@ class IdentityDesk:
         found = await self._center.database.read(partial(store.find_vcm, id_=id_))
         try:
             vcm = self._check_token(found, request, machine)
+            self._service.revoke.check_settled(vcm.consumer)
             self._check_card(request.card, machine)
             key = subject_key(request.csr, Role.VCM)
         except CipherfleetError as exc:
@@ -161,17 +165,20 @@ class IdentityDesk:
         Raises ``VcmUnknown``, ``LimitReached`` or what is wrong with the request.
         """
         id_, consumer = VcmId(peer.identity.id), peer.identity.consumer
-        vcm = await self._center.database.read(partial(store.find_vcm, id_=id_))
-        if vcm is None or vcm.consumer != consumer:
-            raise VcmUnknown(f"{id_} is not authorised")
         now = self._center.wall_clock()
-        if sum(own.not_after > now for own in self._center.registry.active(peer.identity)) >= MAX_CERTIFICATES:
-            raise LimitReached(f"{id_} has {MAX_CERTIFICATES} certificates, no more")
-        issued = await self._issue(vcm, subject_key(request.csr, Role.VCM))
+
+        def check(connection: Connection) -> store.Vcm:
+            vcm = store.find_vcm(connection, id_)
+            if vcm is None or vcm.consumer != consumer:
+                raise VcmUnknown(f"{id_} is not authorised")
+            if store.count_certificates(connection, peer.identity, now) >= MAX_CERTIFICATES:
+                raise LimitReached(f"{id_} has {MAX_CERTIFICATES} certificates, no more")
+            return vcm
+
+        issued = await self._issue(await self._center.database.read(check), subject_key(request.csr, Role.VCM))
 
         def commit(connection: Connection) -> None:
-            if store.find_vcm(connection, id_) is None:
-                raise VcmUnknown(f"{id_} is not authorised any more")
+            check(connection)  # again: others may have renewed meanwhile
             store.add_certificate(connection, issued)
 
         await self._center.database.write(commit, lambda _: self._center.recorded(issued))

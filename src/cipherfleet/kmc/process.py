@@ -35,11 +35,12 @@ UPKEEP_S = 60.0
 
 
 class HsmConfig(msgspec.Struct, frozen=True):
-    """``socket``: path of the unix socket to serve on."""
+    """``socket``: path of the unix socket to serve on. ``pin``: what every connection to it must log in with."""
 
     state: str
     socket: str
     passphrase: str
+    pin: str
     settings: Settings = Settings()
 
     def __repr__(self) -> str:
@@ -52,8 +53,12 @@ class KmcConfig(msgspec.Struct, frozen=True):
     state: str
     address: str
     hsm_socket: str
+    hsm_pin: str
     operator_csr: bytes
     settings: Settings = Settings()
+
+    def __repr__(self) -> str:
+        return f"KmcConfig({self.state})"
 
 
 class KmcReady(msgspec.Struct, frozen=True):
@@ -69,7 +74,7 @@ async def hsm_main(configuration: HsmConfig, ready: Callable[[object], None], st
         log.info("memory is not locked (no right to): only single pages of keys are")
     with only_one(Path(configuration.state), "an HSM"):
         hsm = EmbeddedHsm.open(Path(configuration.state), configuration.passphrase, configuration.settings)
-        server = HsmServer(hsm, Path(configuration.socket))
+        server = HsmServer(hsm, Path(configuration.socket), configuration.pin)
         try:
             await server.start()
             ready(None)
@@ -85,7 +90,7 @@ async def kmc_main(configuration: KmcConfig, ready: Callable[[object], None], st
     host, port = parse_address(configuration.address)
     with only_one(Path(configuration.state), "a KMC"):
         database = await asyncio.to_thread(Database.open, Path(configuration.state), FILE, MIGRATIONS)
-        hsm = HsmClient(Path(configuration.hsm_socket))
+        hsm = HsmClient(Path(configuration.hsm_socket), configuration.hsm_pin)
         try:
             await _wait_for(hsm)
             center = await Center.open(database, hsm, configuration.settings)

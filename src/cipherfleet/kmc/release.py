@@ -112,13 +112,18 @@ class Release:
         await self.request_lease(session, vcm, nonce)
 
     async def request_lease(self, session: ConsumerSession, vcm: VcmSession, nonce: bytes) -> None:
-        """The newest checkpoint rides along; when the HSM is away the request goes without."""
+        """The newest checkpoint rides along, for the terminal and from the point as they were before the wait.
+
+        The request goes without when the HSM is away, or when terminal or point are others by then: the next one brings it.
+        """
         checkpoint: Signed | None = None
         entries: tuple[LogEntry, ...] = ()
         try:
             if await self._escrow.sequence(session.consumer) > session.told:
-                point, checkpoint, entries = await self._escrow.since(session.consumer, session.told)
-                session.told = max(session.told, point.sequence)
+                terminal, told = session.terminal, session.told
+                point, newest, new = await self._escrow.since(session.consumer, told)
+                if terminal is not None and (session.terminal, session.told) == (terminal, told) and point.sequence > told:
+                    session.told, checkpoint, entries = point.sequence, newest, new
         except HsmUnavailable:
             log.warning("a checkpoint for %s waits for the HSM", session.consumer)
         if session.terminal is not None and session.lives(vcm):

@@ -18,7 +18,7 @@ consumers = Table(
     "consumers",
     metadata,
     Column("name", String, primary_key=True),
-    Column("state", String, nullable=False),  # pending | enrolled
+    Column("state", String, nullable=False),  # pending | enrolled | revoked
     Column("enrolled_at", Float, nullable=False),
     Column("ukey", BLOB, nullable=False),  # SubjectPublicKeyInfo: whose signatures count
     Column("epoch", Integer, nullable=False),

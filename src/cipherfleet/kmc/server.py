@@ -63,6 +63,7 @@ class KmcServer:
             ("POST", "/v1/consumers", operator, self._enrol),
             ("GET", "/v1/consumers", operator, self._list_consumers),
             ("POST", "/v1/consumers/{consumer}/confirm", operator, self._confirm),
+            ("POST", "/v1/consumers/{consumer}/revoke-ukey", operator, self._revoke_ukey),
             ("DELETE", "/v1/consumers/{consumer}", operator, self._remove),
             ("GET", "/v1/applications", operator, self._list_applications),
             ("POST", "/v1/applications/{consumer}/{name}/revoke", operator, self._revoke_application),
@@ -117,6 +118,10 @@ class KmcServer:
 
     async def _remove(self, call: Call) -> object:
         await self.enrolment.remove(call.path("consumer", ConsumerId))
+        return Done()
+
+    async def _revoke_ukey(self, call: Call) -> object:
+        await self.service.revoke.ukey(call.path("consumer", ConsumerId), actor=call.peer.identity.uri)
         return Done()
 
     async def _list_applications(self, call: Call) -> object:

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 import msgspec
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
-from cipherfleet.contract.errors import ConsumerUnknown
+from cipherfleet.contract.errors import ConsumerRevoked, ConsumerUnknown, StateConflict
 from cipherfleet.contract.escrow import genesis
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import CardId, ConsumerId, MachineId, Serial, TokenId, VcmId
@@ -13,7 +13,7 @@ from cipherfleet.contract.kmc_api import ConsumerEntry
 from cipherfleet.kmc.registry import Issued
 from cipherfleet.kmc.schema import authorities, certificates, consumers, rows, statements, tokens, vcms
 
-PENDING, ENROLLED = "pending", "enrolled"
+PENDING, ENROLLED, REVOKED = "pending", "enrolled", "revoked"
 FIRST_EPOCH = 1
 
 
@@ -94,6 +94,26 @@ def read_certificates(connection: Connection, now: float) -> list[tuple[Issued, 
     ]
 
 
+def count_certificates(connection: Connection, identity: Identity, now: float) -> int:
+    """How many of an identity are neither revoked nor expired."""
+    valid = (certificates.c.status == "active") & (certificates.c.not_after > now)
+    query = select(func.count()).select_from(certificates).where(_of(identity), valid)
+    return connection.execute(query).scalar_one()
+
+
+def revoke_other_keys(connection: Connection, issued: Issued) -> tuple[Serial, ...]:
+    """What the identity of a certificate has for other keys; the serials it concerned."""
+    others = (certificates.c.status == "active") & (certificates.c.spki_sha256 != issued.public_key_sha256)
+    found = tuple(Serial(s) for s in connection.scalars(select(certificates.c.serial).where(_of(issued.identity), others)))
+    revoke_serials(connection, found)
+    return found
+
+
+def _of(identity: Identity) -> ColumnElement[bool]:
+    table = certificates.c
+    return (table.role == identity.role) & (table.consumer == identity.consumer) & (table.id == identity.id)
+
+
 def revoke_serials(connection: Connection, serials: Iterable[Serial]) -> None:
     connection.execute(update(certificates).where(certificates.c.serial.in_(list(serials))).values(status="revoked"))
 
@@ -110,6 +130,11 @@ def revoke_holders(
     found = tuple(Serial(s) for s in connection.scalars(query) if s != keep)
     revoke_serials(connection, found)
     return found
+
+
+def revoke_ukey(connection: Connection, consumer: ConsumerId) -> tuple[Serial, ...]:
+    """Both certificates of a Ukey; the serials it concerned."""
+    return revoke_holders(connection, Role.UKEY, consumer) + revoke_holders(connection, Role.TERMINAL, consumer)
 
 
 def forget_vcm_certificates(connection: Connection, before: float) -> int:
@@ -141,8 +166,10 @@ def find_consumer(connection: Connection, name: ConsumerId) -> Consumer | None:
 
 
 def get_consumer(connection: Connection, name: ConsumerId) -> Consumer:
-    """An enrolled consumer. Raises ``ConsumerUnknown``."""
+    """An enrolled consumer. Raises ``ConsumerUnknown`` or ``ConsumerRevoked``."""
     found = find_consumer(connection, name)
+    if found is not None and found.state == REVOKED:
+        raise ConsumerRevoked(f"the Ukey of {name} was revoked by the operator")
     if found is None or found.state != ENROLLED:
         raise ConsumerUnknown(f"no consumer {name} is enrolled", "the operator enrols one with: cipherfleet consumer enroll")
     return found
@@ -168,6 +195,23 @@ def put_pending(connection: Connection, name: ConsumerId, ukey: bytes, *, at: fl
 
 def confirm_consumer(connection: Connection, name: ConsumerId, *, at: float) -> None:
     connection.execute(update(consumers).where(consumers.c.name == name).values(state=ENROLLED, enrolled_at=at))
+
+
+def find_revocable(connection: Connection, name: ConsumerId) -> Consumer:
+    """A consumer that has, or had, a Ukey. Raises ``ConsumerUnknown``, or ``StateConflict`` for a pending one."""
+    found = find_consumer(connection, name)
+    if found is None:
+        raise ConsumerUnknown(f"no consumer is called {name}", "see: cipherfleet consumer list")
+    if found.state == PENDING:
+        raise StateConflict(f"the enrolment of {name} was never finished", "it has no service; enrol it again")
+    return found
+
+
+def revoke_consumer(connection: Connection, name: ConsumerId) -> bool:
+    """Its Ukey counts no more; whether it did. Raises as ``find_revocable`` does."""
+    before = find_revocable(connection, name).state
+    connection.execute(update(consumers).where(consumers.c.name == name).values(state=REVOKED))
+    return before != REVOKED
 
 
 def remove_pending(connection: Connection, name: ConsumerId) -> None:

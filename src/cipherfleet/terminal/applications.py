@@ -1,4 +1,4 @@
-"""Signing an application in: only the Ukey can, the KMC merely certifies what the Ukey signed."""
+"""Signing an application in and out: only the Ukey can, the KMC merely certifies what the Ukey signed."""
 
 import hashlib
 import time
@@ -8,22 +8,26 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
+from msgspec import structs
 
 from cipherfleet.channel.certificates import check_chain, identity_of, key_to_pem, make_request, new_key, public_key_der
 from cipherfleet.channel.signing import sign
-from cipherfleet.contract.errors import CertificateInvalid, Malformed, SignatureInvalid, Unsupported
+from cipherfleet.contract.errors import CertificateInvalid, EscrowRolledBack, Malformed, SignatureInvalid, Unsupported
+from cipherfleet.contract.escrow import StatementEntry, statement_digest
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import ApplicationName, is_slug
-from cipherfleet.contract.kmc_api import ApplicationRequest
+from cipherfleet.contract.kmc_api import ApplicationReply, ApplicationRequest
 from cipherfleet.contract.management_api import DomainInfo
 from cipherfleet.contract.messages import Chain
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.settings import Settings
 from cipherfleet.contract.statements import ApplicationStatement, Right
 from cipherfleet.terminal.callers import kmc_caller, management_caller
+from cipherfleet.terminal.checkpoint import advance, check_recorded
 from cipherfleet.terminal.ukey import Ukey
 
 MAX_DAYS = 825
+ATTEMPTS = 3
 
 
 async def sign_in(
@@ -37,7 +41,8 @@ async def sign_in(
     """The profile of the application ``name``, certified for ``days`` with ``rights``.
 
     ``csr`` (PKCS#10, PEM or DER) leaves the key with the application; otherwise one is made here and goes into the profile.
-    Raises ``Malformed``, ``SignatureInvalid``, ``Unsupported``, ``UkeyAbsent``, or what KMC or management answered.
+    Raises ``Malformed``, ``SignatureInvalid``, ``Unsupported``, ``UkeyAbsent``, ``EscrowRolledBack``, ``CheckpointForged``, or
+    what KMC or management answered.
     """
     days = (settings or Settings()).application_days if days is None else days
     if not is_slug(name):
@@ -55,18 +60,10 @@ async def sign_in(
     request, public_key = read_request(csr)
     async with management_caller(ukey) as management:  # first: without endpoints the certificate would be of no use
         domain = await management.call("GET", "/v1/domain", reply=DomainInfo)
-    statement = ApplicationStatement(
-        consumer,
-        name,
-        hashlib.sha256(public_key).digest(),
-        granted,
-        int(time.time()) + days * 86400,
-        await ukey.memory.next_sequence(),  # a number is lost rather than given twice
-    )
-    signed = await sign(statement, ukey.signer)
-    async with kmc_caller(ukey) as kmc:
-        reply = await kmc.call("POST", "/v1/applications", ApplicationRequest(signed, request), reply=Chain)
-    leaf = check_chain(reply.chain, ukey.record.domain.encode())
+    not_after = int(time.time()) + days * 86400
+    named = ApplicationStatement(consumer, name, hashlib.sha256(public_key).digest(), granted, not_after, 0)
+    chain = await _submit(ukey, named, request)
+    leaf = check_chain(chain.chain, ukey.record.domain.encode())
     if identity_of(leaf) != Identity(Role.APPLICATION, name, consumer) or public_key_der(leaf.public_key()) != public_key:
         raise CertificateInvalid("the KMC certified something else than was asked for")
     return Profile(
@@ -74,11 +71,46 @@ async def sign_in(
         application=name,
         endpoints=domain.endpoints,
         trust=ukey.record.domain,  # from the Ukey, not from the answer
-        chain=reply.chain.decode(),
+        chain=chain.chain.decode(),
         key=key_pem.decode(),
         rights=granted,
-        not_after=statement.not_after,
+        not_after=not_after,
     )
+
+
+async def sign_out(ukey: Ukey, name: ApplicationName) -> None:
+    """Take all rights from the application ``name``; its certificate is revoked, and the escrow holds the consumer's word on it.
+
+    Raises ``Malformed``, ``UkeyAbsent``, ``EscrowRolledBack``, ``CheckpointForged``, or what the KMC answered.
+    """
+    if not is_slug(name):
+        raise Malformed("an application's name has 1 to 32 of a-z, 0-9 and dash")
+    await _submit(ukey, ApplicationStatement(ukey.record.consumer, name, bytes(32), (), int(time.time()), 0, revoked=True), b"")
+
+
+async def _submit(ukey: Ukey, statement: ApplicationStatement, csr: bytes) -> Chain:
+    """Number, sign and send a statement; the answer's chain, once the escrow has shown that it wrote the statement down.
+
+    The Ukey remembers that point of the escrow: a log without the statement is a rollback from then on.
+    """
+    memory, key = ukey.memory, ukey.record.kmc_signing_key
+    for attempt in range(1, ATTEMPTS + 1):
+        numbered = structs.replace(statement, sequence=await memory.next_sequence())  # a number is lost rather than given twice
+        seen = memory.seen
+        signed = await sign(numbered, ukey.signer)
+        async with kmc_caller(ukey) as kmc:
+            reply = await kmc.call("POST", "/v1/applications", ApplicationRequest(signed, csr, seen.sequence), reply=ApplicationReply)
+        point = advance(statement.consumer, seen, reply.checkpoint, reply.log, key)
+        entry = StatementEntry(statement.name, signed, numbered.sequence)
+        check_recorded(reply.log, seen, point, entry.subject, statement_digest(signed))
+        try:
+            await memory.remember(point)
+        except EscrowRolledBack:
+            if attempt == ATTEMPTS or memory.seen.sequence <= point.sequence:
+                raise
+            continue  # a heartbeat brought a later point meanwhile, which may not lead through this one: sign anew from there
+        return reply.chain
+    raise RuntimeError("the last attempt returns or raises")
 
 
 def read_request(csr: bytes) -> tuple[bytes, bytes]:

@@ -35,3 +35,10 @@ def advance(consumer: ConsumerId, seen: Seen, checkpoint: Signed, log: Sequence[
     if replay(seen, following) != point:
         raise EscrowRolledBack("the escrow's history differs from the one the Ukey saw")
     return point
+
+
+def check_recorded(log: Sequence[LogEntry], seen: Seen, point: Seen, subject: str, digest: bytes) -> None:
+    """That a log from ``seen`` to ``point``, which ``advance`` has checked, holds an entry. Raises ``EscrowRolledBack``."""
+    following = [entry for entry in log if seen.sequence < entry.sequence <= point.sequence]
+    if not any(entry.subject == subject and entry.digest == digest for entry in following):
+        raise EscrowRolledBack(f"the escrow did not write {subject} down", "what was signed may be used against you: sign anew")

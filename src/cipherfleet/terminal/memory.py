@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from cipherfleet.channel import codec
-from cipherfleet.contract.errors import EscrowRolledBack, Malformed, UkeyAbsent, UkeyInvalid
+from cipherfleet.contract.errors import CipherfleetError, EscrowRolledBack, Malformed, UkeyAbsent, UkeyInvalid
 from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.ids import ConsumerId
 from cipherfleet.state.files import write_private
@@ -58,6 +58,20 @@ class DirectoryMemory:
     def seen(self) -> Seen:
         return self._known.seen
 
+    async def look(self) -> Seen:
+        def again() -> None:
+            with self._lock:
+                if not self._key:
+                    raise UkeyAbsent("the Ukey was closed")
+                try:
+                    self._known = _read(self._folder, self._key)
+                except CipherfleetError:
+                    self._check_present()  # a stick that was pulled is not a damaged one
+                    raise
+
+        await asyncio.to_thread(again)
+        return self._known.seen
+
     async def remember(self, seen: Seen) -> None:
         if seen != self._known.seen:
             await asyncio.to_thread(self._change, lambda known: msgspec.structs.replace(known, seen=_newer(known.seen, seen)))
@@ -89,7 +103,8 @@ class DirectoryMemory:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             self._check_present()
             pinned = Path(f"/proc/self/fd/{descriptor}")
-            changed = change(_read(pinned, self._key))
+            self._known = _read(pinned, self._key)  # also when the change is refused
+            changed = change(self._known)
             _write(pinned, self._key, changed)
             os.fsync(descriptor)
         except (OSError, UkeyInvalid) as exc:

@@ -26,7 +26,7 @@ from cipherfleet.contract.kmc_api import (
 )
 from cipherfleet.contract.management_api import LoginFailed
 from cipherfleet.contract.statements import LeaseStatement, Signed
-from cipherfleet.terminal.checkpoint import advance
+from cipherfleet.terminal.checkpoint import advance, read_checkpoint
 from cipherfleet.terminal.insertion import FINAL, MAX_WAITING, TAKEN_OVER, Insertion, Service
 from cipherfleet.terminal.sealing import check_card
 
@@ -38,6 +38,7 @@ class KeyRelease:
 
     def __init__(self, insertion: Insertion) -> None:
         self._insertion = insertion
+        self._shown = insertion.ukey.memory.seen  # what the KMC has shown us last
 
     async def receive(self, frame: KmcToTerminal) -> None:
         """A checkpoint that is forged or rolled back ends the service: with such an escrow there is none at all."""
@@ -124,7 +125,8 @@ class KeyRelease:
             state.tell("lease-refused", frame.vcm)
             return
         duration_ms = round(state.settings.lease_s * 1000)
-        lease = LeaseStatement(state.consumer, frame.card, frame.vcm, frame.nonce, duration_ms)
+        seen = await state.ukey.memory.look()
+        lease = LeaseStatement(state.consumer, frame.card, frame.vcm, frame.nonce, duration_ms, seen.epoch, seen.sequence, seen.head)
         await state.kmc.send(LeaseSigned(await sign(lease, state.ukey.signer)))
         service.heard = time.monotonic()
 
@@ -132,7 +134,17 @@ class KeyRelease:
         """The escrow must have moved on from what the Ukey saw. Raises ``CheckpointForged`` or ``EscrowRolledBack``."""
         state = self._insertion
         memory = state.ukey.memory
-        await memory.remember(advance(state.consumer, memory.seen, checkpoint, log, state.ukey.record.kmc_signing_key))
+        point = read_checkpoint(state.consumer, checkpoint, state.ukey.record.kmc_signing_key)
+        # While an application is signed in or out the Ukey may learn more than this, which was on its way: what comes next
+        # must continue that.
+        start = memory.seen if point.sequence >= memory.seen.sequence else self._shown
+        advance(state.consumer, start, checkpoint, log, state.ukey.record.kmc_signing_key)
+        self._shown = point
+        try:
+            await memory.remember(point)
+        except EscrowRolledBack:
+            if memory.seen.epoch != point.epoch or memory.seen.sequence <= point.sequence:
+                raise
 
     def _on_refused(self, error: CipherfleetError) -> None:
         state = self._insertion

@@ -57,10 +57,17 @@ def check_card(chain: bytes, root: bytes, card: CardId, *, now: float | None = N
 
 
 def seal_share(
-    share: bytes | bytearray, card: TrustedCard, vcm: VcmId, *, consumer: ConsumerId, public_keys: tuple[bytes, ...], seen: Seen
+    share: bytes | bytearray,
+    card: TrustedCard,
+    vcm: VcmId,
+    *,
+    consumer: ConsumerId,
+    public_keys: tuple[bytes, ...],
+    kmc_signing_key: bytes,
+    seen: Seen,
 ) -> bytes:
     """The share, sealed to ``card`` for ``vcm``. Raises ``CardUntrusted`` when the card's key is none."""
-    statement = SealedShare(consumer, card.id, vcm, bytes(share), public_keys, seen.epoch, seen.sequence, seen.head)
+    statement = SealedShare(consumer, card.id, vcm, bytes(share), public_keys, kmc_signing_key, seen.epoch, seen.sequence, seen.head)
     try:
         key = MLKEM768X25519PublicKey(
             MLKEM768PublicKey.from_public_bytes(card.transport_key[:_ML_KEM_BYTES]),

@@ -77,6 +77,10 @@ class UkeyMemory(Protocol):
         """The newest checkpoint of the escrow that was verified."""
         ...
 
+    async def look(self) -> Seen:
+        """``seen``, with what other programs have made this Ukey remember meanwhile."""
+        ...
+
     async def remember(self, seen: Seen) -> None:
         """Durable when it returns. Never goes back: raises ``EscrowRolledBack``."""
         ...
@@ -272,7 +276,13 @@ class DirectoryUkey:
         share = secrets.share
         try:
             return sealing.seal_share(
-                share, card, vcm, consumer=self.record.consumer, public_keys=(self._signer.public_key,), seen=self.memory.seen
+                share,
+                card,
+                vcm,
+                consumer=self.record.consumer,
+                public_keys=(self._signer.public_key,),
+                kmc_signing_key=self.record.kmc_signing_key,
+                seen=self.memory.seen,
             )
         finally:
             wipe(share)

@@ -10,7 +10,7 @@ from cipherfleet.contract.errors import Malformed, StatementForged
 from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
 from cipherfleet.contract.statements import LeaseStatement, LoginStatement, Signature, Signed
 
-LEASE = LeaseStatement(ConsumerId("acme"), CardId("card-m1-00000000"), VcmId("vcm-00000000000a"), b"n" * 16, 6000)
+LEASE = LeaseStatement(ConsumerId("acme"), CardId("card-m1-00000000"), VcmId("vcm-00000000000a"), b"n" * 16, 6000, 1, 0, b"h" * 32)
 
 
 @pytest.fixture

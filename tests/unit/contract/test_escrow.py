@@ -26,7 +26,7 @@ from cipherfleet.contract.escrow import (
     statement_digest,
 )
 from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId
-from cipherfleet.contract.statements import Signed
+from cipherfleet.contract.statements import Signature, Signed
 
 ACME, GLOBEX = ConsumerId("acme"), ConsumerId("globex")
 EMPTY = Signed("none", b"")
@@ -34,6 +34,12 @@ EMPTY = Signed("none", b"")
 
 def row(key: int, version: int, content: bytes = b"w", consumer: ConsumerId = ACME) -> EscrowRow:
     return EscrowRow(consumer, KeyId(f"{key:032x}"), version, b"{}", content)
+
+
+def attributes(key: int, content: bytes, replaces: EscrowRow | None = None) -> EscrowRow:
+    previous = b"" if replaces is None else row_digest(replaces)
+    of_key = KeyAttributes("AES-256-GCM", KeyState.ENABLED, 1, 1, 0.0, previous=previous)
+    return EscrowRow(ACME, KeyId(f"{key:032x}"), 0, msgspec.json.encode(of_key), content)
 
 
 @dataclass
@@ -48,9 +54,9 @@ class Database:
         self.rows[new.subject] = new
         self.log.append(LogEntry(len(self.log) + 1, new.subject, row_digest(new)))
 
-    def sign_in(self, name: str, payload: bytes) -> None:
-        entry = StatementEntry(ApplicationName(name), Signed("s", payload))
-        self.statements[entry.subject] = entry
+    def sign_in(self, name: str, payload: bytes, sequence: int) -> None:
+        entry = StatementEntry(ApplicationName(name), Signed("s", payload), sequence)
+        self.statements[name] = entry
         self.log.append(LogEntry(len(self.log) + 1, entry.subject, statement_digest(entry.statement)))
 
     def point(self) -> Seen:
@@ -67,11 +73,12 @@ class Database:
 def database() -> Database:
     made = Database()
     for key in (1, 2):
-        made.write(row(key, 0, b"attributes"))
+        made.write(attributes(key, b"enabled"))
         made.write(row(key, 1, b"material"))
-    made.sign_in("billing", b"first")
-    made.write(row(1, 0, b"disabled"))
-    made.sign_in("billing", b"second")
+    made.sign_in("billing", b"first", 1)
+    made.write(attributes(1, b"disabled", attributes(1, b"enabled")))
+    made.sign_in("billing", b"second", 3)
+    made.sign_in("shop", b"third", 4)
     return made
 
 
@@ -88,13 +95,60 @@ def test_a_changed_row_is_found(database: Database) -> None:
 
 
 def test_a_row_set_back_is_found(database: Database) -> None:
-    database.rows[row(1, 0).subject] = row(1, 0, b"attributes")
+    database.rows[row(1, 0).subject] = attributes(1, b"enabled")
     with pytest.raises(EscrowRowTampered):
         database.check()
 
 
 def test_a_statement_set_back_is_found(database: Database) -> None:
-    database.statements["application/billing"] = StatementEntry(ApplicationName("billing"), Signed("s", b"first"))
+    for sequence in (1, 3):
+        database.statements["billing"] = StatementEntry(ApplicationName("billing"), Signed("s", b"first"), sequence)
+        with pytest.raises(EscrowRowTampered):
+            database.check()
+
+
+@pytest.mark.parametrize("sequence", [0, 1, 2, 3, 4])
+def test_a_statement_that_was_kept_back_cannot_be_written_later(database: Database, sequence: int) -> None:
+    """Whoever runs the HSM appends entries; the consumer's next statement has a higher number than all before."""
+    database.sign_in("billing", b"kept back", sequence)
+    with pytest.raises(EscrowRolledBack):
+        database.check()
+
+
+@pytest.mark.parametrize("label", ["application/billing", "application/billing@", "application/billing@05", "application/billing@-5"])
+def test_a_statement_has_its_number_in_the_log(database: Database, label: str) -> None:
+    database.log.append(LogEntry(len(database.log) + 1, label, b"d" * 32))
+    with pytest.raises(EscrowRolledBack):
+        database.check()
+
+
+def test_a_signature_written_in_another_way_is_no_other_statement() -> None:
+    signed = Signed("s", b"payload", (Signature("k", b"one way"),))
+    assert statement_digest(signed) == statement_digest(msgspec.structs.replace(signed, signatures=(Signature("k", b"another"),)))
+    assert len({statement_digest(s) for s in (signed, Signed("t", b"payload"), Signed("s", b"other"))}) == 3
+
+
+def test_a_row_written_again_by_who_runs_the_hsm_is_found(database: Database) -> None:
+    database.write(attributes(1, b"enabled"))
+    with pytest.raises(EscrowRolledBack):
+        database.check()
+
+
+def test_a_row_that_was_kept_back_cannot_be_written_later(database: Database) -> None:
+    first, second = attributes(1, b"enabled"), attributes(1, b"disabled", attributes(1, b"enabled"))
+    kept_back = attributes(1, b"enabled again", second)
+    database.write(attributes(1, b"still disabled", second))
+    database.check()
+    for appended in ((kept_back,), (second, kept_back), (first, second, kept_back)):
+        forged = Database(dict(database.rows), dict(database.statements), list(database.log))
+        for each in appended:
+            forged.write(each)
+        with pytest.raises(EscrowRolledBack):
+            forged.check()
+
+
+def test_attributes_that_cannot_be_read_are_found(database: Database) -> None:
+    database.write(row(3, 0))
     with pytest.raises(EscrowRowTampered):
         database.check()
 
@@ -120,7 +174,7 @@ def test_a_missing_row_is_found(database: Database) -> None:
 def test_a_database_set_back_as_a_whole_is_found_by_who_saw_more(database: Database) -> None:
     seen = database.point()
     older = Database()
-    for entry in (row(1, 0, b"attributes"), row(1, 1, b"material")):
+    for entry in (attributes(1, b"enabled"), row(1, 1, b"material")):
         older.write(entry)
     older.check()  # consistent in itself
     with pytest.raises(EscrowRolledBack):

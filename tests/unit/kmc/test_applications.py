@@ -23,9 +23,8 @@ from cipherfleet.contract.errors import (
     StatementReplayed,
 )
 from cipherfleet.contract.identities import Identity, Role
-from cipherfleet.contract.kmc_api import ApplicationList, ApplicationRequest, CertificatesRevoked, EscrowChanged
-from cipherfleet.contract.messages import Chain
-from cipherfleet.contract.statements import ApplicationStatement, LoginStatement, Right, Signed
+from cipherfleet.contract.kmc_api import ApplicationList, ApplicationReply, ApplicationRequest, CertificatesRevoked, EscrowChanged
+from cipherfleet.contract.statements import ApplicationStatement, CheckpointStatement, LoginStatement, Right, Signed
 from cipherfleet.kmc import applications
 from tests.unit.kmc.world import TestConsumer, World, start_vcm
 
@@ -84,13 +83,26 @@ async def test_the_ukey_signs_out(world: World) -> None:
     alice = await world.enrol()
     chain = await alice.application()
     statement = await alice.statement(b"", revoked=True)
-    reply = await alice.terminal().call("POST", "/v1/applications", ApplicationRequest(statement, b""), reply=Chain)
-    assert reply.chain == b""
+    reply = await alice.terminal().call("POST", "/v1/applications", ApplicationRequest(statement, b""), reply=ApplicationReply)
+    assert reply.chain.chain == b""
     assert serial_of(check_chain(chain.chain, chain.trust)) in world.center.registry.revoked_of(alice.name)
     assert await listed(world) == {"alice/shop": "revoked"}
     unknown = await alice.statement(b"", "other", revoked=True)
     with pytest.raises(ApplicationUnknown):
-        await alice.terminal().call("POST", "/v1/applications", ApplicationRequest(unknown, b""), reply=Chain)
+        await alice.terminal().call("POST", "/v1/applications", ApplicationRequest(unknown, b""), reply=ApplicationReply)
+
+
+async def test_the_reply_shows_that_the_statement_is_in_the_log(world: World) -> None:
+    alice = await world.enrol()
+    await alice.application("shop")
+    seen = await world.kmc.escrow.sequence(alice.name)
+    reply = await alice.apply("billing", since=seen)
+    (entry,) = reply.log
+    assert (entry.sequence, entry.subject) == (seen + 1, "application/billing@2")
+    checkpoint = signing.verify(reply.checkpoint, CheckpointStatement, [alice.reply.kmc_signing_key])
+    assert checkpoint.sequence == seen + 1
+    for since, count in ((-(2**70), 3), (2**62, 0)):
+        assert len((await alice.apply("billing", since=since)).log) == count
 
 
 async def test_a_newer_statement_replaces_the_older_certificate(world: World) -> None:
@@ -134,13 +146,13 @@ async def test_wrong_statements(world: World) -> None:
     ]
     for statement, request, error in wrong:
         with pytest.raises(error):
-            await alice.terminal().call("POST", "/v1/applications", ApplicationRequest(statement, request), reply=Chain)
+            await alice.terminal().call("POST", "/v1/applications", ApplicationRequest(statement, request), reply=ApplicationReply)
     with pytest.raises(StatementForged):  # bob's terminal with alice's statement
-        await bob.terminal().call("POST", "/v1/applications", ApplicationRequest(good, csr), reply=Chain)
+        await bob.terminal().call("POST", "/v1/applications", ApplicationRequest(good, csr), reply=ApplicationReply)
     assert await listed(world) == {}
-    await alice.terminal().call("POST", "/v1/applications", ApplicationRequest(good, csr), reply=Chain)
+    await alice.terminal().call("POST", "/v1/applications", ApplicationRequest(good, csr), reply=ApplicationReply)
     with pytest.raises(StatementReplayed):
-        await alice.terminal().call("POST", "/v1/applications", ApplicationRequest(good, csr), reply=Chain)
+        await alice.terminal().call("POST", "/v1/applications", ApplicationRequest(good, csr), reply=ApplicationReply)
     outcomes = [outcome for event, outcome in await world.audit_lines("alice") if event == "POST /v1/applications"]
     assert StatementReplayed.code in outcomes
     assert StatementForged.code in outcomes
@@ -152,7 +164,7 @@ async def test_nobody_else_signs_in(world: World) -> None:
     request = ApplicationRequest(await alice.statement(public_key_der(key.public_key())), make_request(key, Identity(Role.KMC, "kmc")))
     for caller in (await world.operator(), await world.management(), await world.machine()):
         with pytest.raises(NotPermitted):
-            await caller.call("POST", "/v1/applications", request, reply=Chain)
+            await caller.call("POST", "/v1/applications", request, reply=ApplicationReply)
 
 
 async def test_a_pending_consumer_signs_nothing_in(world: World) -> None:

@@ -222,6 +222,26 @@ async def test_platform_certificates(world: World) -> None:
             await operator.call("POST", "/v1/certificates/machine/m7", structs.replace(request, addresses=addresses), reply=Chain)
 
 
+@pytest.mark.parametrize("identity", [Identity(Role.MACHINE, "m7"), Identity(Role.MANAGEMENT, "management")])
+async def test_a_newer_platform_certificate_ends_the_older(world: World, identity: Identity) -> None:
+    operator = await world.operator()
+
+    async def certified(identity: Identity) -> Credentials:
+        key = new_key()
+        request = CertificateRequest(make_request(key, identity))
+        chain = await operator.call("POST", f"/v1/certificates/{identity.role}/{identity.id}", request, reply=Chain)
+        return Credentials(key_to_pem(key), chain.chain, chain.trust)
+
+    older, other = await certified(identity), await certified(Identity(Role.MACHINE, "m8"))
+    newer = await certified(identity)
+    with pytest.raises(CertificateRevoked):
+        await world.call_as(older).call("GET", "/v1/consumers")
+    for credentials in (newer, other):
+        with pytest.raises(NotPermitted):
+            await world.call_as(credentials).call("GET", "/v1/consumers")
+    assert len(world.center.registry.active(identity)) == 1
+
+
 async def test_who_may_be_a_server(world: World) -> None:
     """Extended key usage keeps a Ukey's and a card's certificate out of TLS, a terminal's from being a server."""
     alice = await world.enrol()

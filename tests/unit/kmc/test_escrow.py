@@ -25,6 +25,7 @@ from cipherfleet.contract.ids import ConsumerId, MachineId, new_key_id
 from cipherfleet.contract.kmc_api import CardReady, CmkReleased, DownloadSignal, EscrowReceipt, EscrowWrite
 from cipherfleet.contract.statements import CheckpointStatement
 from cipherfleet.kmc import applications, escrow
+from cipherfleet.kmc.pace import Pace
 from tests.unit.kmc.world import SEALED, TestConsumer, TestVcm, World, key_row, start_vcm
 
 
@@ -64,7 +65,7 @@ async def test_rows_and_statements_in_one_view(world: World, alice: TestConsumer
     assert [kept.name for kept in view.statements] == ["shop"]
     point = checked(view, alice)
     assert point.sequence == 3
-    changed = key_row("alice", key, 0, mark=b"x")
+    changed = key_row("alice", key, 0, mark=b"x", replaces=attributes)
     await vcm.write(RowWrite(changed, row_digest(attributes)))
     newer = await view_of(vcm)
     assert newer.rows == (changed, material)
@@ -137,6 +138,31 @@ async def test_limits(vcm: TestVcm, monkeypatch: pytest.MonkeyPatch, limit: str)
         await vcm.write(RowWrite(key_row("alice", version=0)))
     if limit != "MAX_LOG":  # what is there may still change
         await vcm.write(RowWrite(structs.replace(row, wrapped=b"n" * 60), row_digest(row)))
+
+
+async def test_rows_leave_room_for_statements(alice: TestConsumer, vcm: TestVcm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may write keys cannot keep the consumer from signing an application out."""
+    monkeypatch.setattr(escrow, "STATEMENT_ENTRIES", 2)
+    monkeypatch.setattr(escrow, "MAX_LOG", 3)
+    await vcm.write(RowWrite(key_row("alice")))
+    with pytest.raises(LimitReached):
+        await vcm.write(RowWrite(key_row("alice")))
+    await alice.application()
+    await alice.application(revoked=True)
+    with pytest.raises(LimitReached):
+        await alice.application()
+
+
+async def test_changes_have_a_pace(world: World, vcm: TestVcm) -> None:
+    row = key_row("alice")
+    await vcm.write(RowWrite(row))
+    world.kmc.escrow._pace = Pace(1 / 3600, 1)
+    newer = structs.replace(row, wrapped=b"n" * 60)
+    await vcm.write(RowWrite(newer, row_digest(row)))
+    with pytest.raises(LimitReached) as refused:
+        await vcm.write(RowWrite(row, row_digest(newer)))
+    assert "slow down" in refused.value.hint
+    await vcm.write(RowWrite(key_row("alice")))  # new rows are bounded otherwise
 
 
 async def test_the_fullest_view_fits_the_channel() -> None:

@@ -10,13 +10,23 @@ from pathlib import Path
 import pytest
 
 from cipherfleet.channel.certificates import public_key_der
-from cipherfleet.contract.errors import CmkInvalid, Exists, HsmUnavailable, KeyUnknown, StateNotWritable, TooLarge, Truncated
+from cipherfleet.contract.errors import (
+    CmkInvalid,
+    Exists,
+    HsmUnavailable,
+    KeyUnknown,
+    LoginRefused,
+    PinWrong,
+    StateNotWritable,
+    TooLarge,
+    Truncated,
+)
 from cipherfleet.kmc import hsm_server, hsm_wire
 from cipherfleet.kmc.embedded_hsm import EmbeddedHsm
 from cipherfleet.kmc.hsm import KeyHandle, Label, Mechanism
 from cipherfleet.kmc.hsm_client import HsmClient
 from cipherfleet.kmc.hsm_server import HsmServer
-from tests.unit.kmc.world import FAST, OAEP, PASSPHRASE, transport_key
+from tests.unit.kmc.world import FAST, OAEP, PASSPHRASE, PIN, transport_key
 
 CA, ROOT = Label("root-ca"), Label("root-key")
 
@@ -30,7 +40,7 @@ def hsm(tmp_path: Path) -> EmbeddedHsm:
 async def path(hsm: EmbeddedHsm, tmp_path: Path) -> AsyncIterator[Path]:
     """A long one: the kernel's socket addresses are shorter than paths may be."""
     path = tmp_path / ("long-" * 20) / "hsm.sock"
-    server = HsmServer(hsm, path)
+    server = HsmServer(hsm, path, PIN)
     await server.start()
     yield path
     await server.stop()
@@ -39,13 +49,14 @@ async def path(hsm: EmbeddedHsm, tmp_path: Path) -> AsyncIterator[Path]:
 
 @pytest.fixture
 async def client(path: Path) -> AsyncIterator[HsmClient]:
-    client = HsmClient(path)
+    client = HsmClient(path, PIN)
     yield client
     await client.close()
 
 
-async def exchange(path: Path, *raw: bytes, end: bool = False) -> list[dict[str, object]]:
-    """Send bytes as they are; the replies until the HSM hangs up or has answered each."""
+async def exchange(path: Path, *raw: bytes, end: bool = False, login: bool = True) -> list[dict[str, object]]:
+    """Send bytes as they are, after a login; the replies to them until the HSM hangs up or has answered each."""
+    raw = (LOGIN, *raw) if login else raw
     with hsm_wire.reachable(path) as address:
         reader, writer = await asyncio.open_unix_connection(address)
     try:
@@ -59,7 +70,7 @@ async def exchange(path: Path, *raw: bytes, end: bool = False) -> list[dict[str,
                 replies.append(json.loads(await reader.readexactly(struct.unpack(">I", head)[0])))
                 if not end and len(replies) == len(raw):
                     break
-        return replies
+        return replies[login:]
     finally:
         writer.close()
         await writer.wait_closed()
@@ -68,6 +79,9 @@ async def exchange(path: Path, *raw: bytes, end: bool = False) -> list[dict[str,
 def framed(content: object) -> bytes:
     raw = content if isinstance(content, bytes) else json.dumps(content).encode()
     return struct.pack(">I", len(raw)) + raw
+
+
+LOGIN = framed({"op": "Login", "pin": PIN})
 
 
 async def test_the_whole_port(client: HsmClient, hsm: EmbeddedHsm) -> None:
@@ -105,6 +119,7 @@ async def test_errors_come_through(client: HsmClient) -> None:
         (b"[" * 60_000, "malformed"),
         ({"op": "Format"}, "malformed"),
         ({"op": "Find"}, "malformed"),
+        ({"op": "Login", "pin": PIN}, "out-of-order"),
         ({"op": "Find", "label": "UPPER"}, "malformed"),
         ({"op": "Find", "label": "a" * 64}, "malformed"),
         ({"op": "Find", "label": "root-ca", "more": 1}, "malformed"),
@@ -136,12 +151,54 @@ async def test_who_does_not_go_on_is_cut_off_and_hinders_nobody(path: Path, clie
     monkeypatch.setattr(hsm_server, "BODY_TIMEOUT_S", 0.05)
     with hsm_wire.reachable(path) as address:
         reader, writer = await asyncio.open_unix_connection(address)
+    writer.write(LOGIN)
+    assert await hsm_wire.read_message(reader, body_timeout=5)
     writer.write(struct.pack(">I", 100))
     assert await client.mechanisms()
     async with asyncio.timeout(5):
         assert await reader.read() == b""
     writer.close()
     await writer.wait_closed()
+
+
+@pytest.mark.parametrize(
+    "content", [{"op": "Mechanisms"}, {"op": "Find", "label": "root-ca"}, {"op": "Login"}, {"op": "Login", "pin": 1}, b"", b"garbage"]
+)
+async def test_before_a_login_nothing_is_done(path: Path, content: object) -> None:
+    replies = await exchange(path, framed(content), LOGIN, framed({"op": "Mechanisms"}), login=False)
+    assert [reply["code"] for reply in replies] == [LoginRefused.code]
+
+
+@pytest.mark.parametrize("pin", ["", "wrong", PIN[:-1], PIN + " ", "\u00e4"])
+async def test_a_wrong_pin_ends_the_connection_late(path: Path, pin: str) -> None:
+    before = asyncio.get_running_loop().time()
+    replies = await exchange(path, framed({"op": "Login", "pin": pin}), framed({"op": "Mechanisms"}), login=False)
+    assert [reply["code"] for reply in replies] == [PinWrong.code]
+    assert asyncio.get_running_loop().time() - before >= hsm_server.WRONG_PIN_DELAY_S
+
+
+async def test_a_client_with_a_wrong_pin_is_told(path: Path, client: HsmClient) -> None:
+    stranger = HsmClient(path, "wrong")
+    for _ in range(2):
+        with pytest.raises(PinWrong):
+            await stranger.mechanisms()
+    assert await client.mechanisms()
+    await stranger.close()
+
+
+async def test_who_does_not_log_in_is_cut_off(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hsm_server, "LOGIN_TIMEOUT_S", 0.05)
+    assert await exchange(path, login=False) == []
+    assert await exchange(path, login=False, end=True) == []
+
+
+def test_a_login_does_not_show_its_pin() -> None:
+    assert PIN not in repr(hsm_wire.Login(PIN))
+
+
+def test_an_hsm_needs_a_pin(hsm: EmbeddedHsm, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        HsmServer(hsm, tmp_path / "hsm.sock", "")
 
 
 async def test_too_many_connections(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,9 +213,9 @@ async def test_too_many_connections(path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_another_users_process_is_refused(hsm: EmbeddedHsm, tmp_path: Path) -> None:
-    server = HsmServer(hsm, tmp_path / "other" / "hsm.sock", uid=os.geteuid() + 1)
+    server = HsmServer(hsm, tmp_path / "other" / "hsm.sock", PIN, uid=os.geteuid() + 1)
     await server.start()
-    client = HsmClient(tmp_path / "other" / "hsm.sock")
+    client = HsmClient(tmp_path / "other" / "hsm.sock", PIN)
     with pytest.raises(HsmUnavailable):
         await client.mechanisms()
     await server.stop()
@@ -180,25 +237,25 @@ async def test_a_defect_says_nothing(hsm: EmbeddedHsm, path: Path, monkeypatch: 
 
 
 async def test_no_hsm(tmp_path: Path) -> None:
-    client = HsmClient(tmp_path / "hsm.sock")
+    client = HsmClient(tmp_path / "hsm.sock", PIN)
     with pytest.raises(HsmUnavailable):
         await client.mechanisms()
 
 
 async def test_a_restarted_hsm_is_found_again(hsm: EmbeddedHsm, tmp_path: Path) -> None:
     path = tmp_path / "hsm.sock"
-    first = HsmServer(hsm, path)
+    first = HsmServer(hsm, path, PIN)
     await first.start()
-    client = HsmClient(path)
+    client = HsmClient(path, PIN)
     handle = await client.generate_key_pair(CA)
     await first.stop()
     with pytest.raises(HsmUnavailable):
         await client.sign(handle, b"data")
-    second = HsmServer(hsm, path)
+    second = HsmServer(hsm, path, PIN)
     await second.start()
     assert await client.sign(handle, b"data")
     await second.stop()
-    third = HsmServer(hsm, path)
+    third = HsmServer(hsm, path, PIN)
     await third.start()
     assert await client.sign(handle, b"data")  # on a connection that had died unnoticed
     await third.stop()
@@ -230,7 +287,7 @@ async def test_an_hsm_that_talks_nonsense(tmp_path: Path) -> None:
         writer.close()
 
     server = await asyncio.start_unix_server(nonsense, tmp_path / "hsm.sock")
-    client = HsmClient(tmp_path / "hsm.sock")
+    client = HsmClient(tmp_path / "hsm.sock", PIN)
     with pytest.raises(HsmUnavailable):
         await client.mechanisms()
     server.close()
@@ -240,4 +297,4 @@ async def test_an_hsm_that_talks_nonsense(tmp_path: Path) -> None:
 async def test_a_folder_that_cannot_be_made(hsm: EmbeddedHsm, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StateNotWritable):
-        await HsmServer(hsm, tmp_path / "file" / "run" / "hsm.sock").start()
+        await HsmServer(hsm, tmp_path / "file" / "run" / "hsm.sock", PIN).start()

@@ -34,7 +34,7 @@ from cipherfleet.contract.settings import Settings
 from cipherfleet.kmc import process
 from cipherfleet.kmc.enrolment import OPERATOR
 from cipherfleet.kmc.process import HsmConfig, KmcConfig, KmcReady, hsm_main, kmc_main, parse_address
-from tests.unit.kmc.world import FAST, PASSPHRASE, World, key_row, start_vcm
+from tests.unit.kmc.world import FAST, PASSPHRASE, PIN, World, key_row, start_vcm
 
 
 class Processes:
@@ -48,12 +48,12 @@ class Processes:
 
     @property
     def hsm_config(self) -> HsmConfig:
-        return HsmConfig(str(self.folder / "hsm"), str(self.folder / "hsm" / "hsm.sock"), PASSPHRASE, FAST)
+        return HsmConfig(str(self.folder / "hsm"), str(self.folder / "hsm" / "hsm.sock"), PASSPHRASE, PIN, FAST)
 
     @property
     def kmc_config(self) -> KmcConfig:
         csr = make_request(self.operator_key, OPERATOR)
-        return KmcConfig(str(self.folder / "kmc"), "127.0.0.1:0", self.hsm_config.socket, csr, FAST)
+        return KmcConfig(str(self.folder / "kmc"), "127.0.0.1:0", self.hsm_config.socket, PIN, csr, FAST)
 
     async def start(self, role: str, config: object) -> tuple[Process, bytes]:
         command = [sys.executable, "-m", "cipherfleet.app.roles", role]
@@ -151,7 +151,7 @@ async def test_a_wrong_passphrase_is_told_by_the_process(processes: Processes) -
     hsm.send_signal(signal.SIGTERM)
     assert await hsm.wait() == 0
     with pytest.raises(PassphraseWrong):
-        await processes.start("hsm", HsmConfig(processes.hsm_config.state, processes.hsm_config.socket, "Tr0ub4dor&3", FAST))
+        await processes.start("hsm", HsmConfig(processes.hsm_config.state, processes.hsm_config.socket, "Tr0ub4dor&3", PIN, FAST))
     assert "Tr0ub4dor" not in (processes.folder / "hsm.log").read_text()
 
 
@@ -195,7 +195,7 @@ async def test_a_restarted_kmc_knows_its_operator(processes: Processes, hsm: Run
     await first.end()
     port = int(ready.url.rpartition(":")[2])
     config = KmcConfig(
-        processes.kmc_config.state, f"127.0.0.1:{port}", processes.hsm_config.socket, processes.kmc_config.operator_csr, FAST
+        processes.kmc_config.state, f"127.0.0.1:{port}", processes.hsm_config.socket, PIN, processes.kmc_config.operator_csr, FAST
     )
     second = Running(kmc_main, config)
     await second.ready()
@@ -232,7 +232,7 @@ async def test_another_hsm_than_before(processes: Processes, hsm: Running, tmp_p
     kmc = Running(kmc_main, processes.kmc_config)
     await kmc.ready()
     await kmc.end()
-    other = HsmConfig(str(tmp_path / "other"), str(tmp_path / "other" / "hsm.sock"), PASSPHRASE, FAST)
+    other = HsmConfig(str(tmp_path / "other"), str(tmp_path / "other" / "hsm.sock"), PASSPHRASE, PIN, FAST)
     foreign = Running(hsm_main, other)
     await foreign.ready()
     with pytest.raises(FileProblem):
@@ -275,6 +275,8 @@ def test_addresses(address: str) -> None:
         parse_address(address)
 
 
-def test_configurations_do_not_show_the_passphrase() -> None:
-    assert PASSPHRASE not in repr(HsmConfig("state", "socket", PASSPHRASE, Settings()))
+def test_configurations_do_not_show_their_secrets() -> None:
+    shown = repr(HsmConfig("state", "socket", PASSPHRASE, PIN, Settings())) + repr(KmcConfig("state", "h:1", "socket", PIN, b""))
+    assert PASSPHRASE not in shown
+    assert PIN not in shown
     assert Identity(Role.KMC, "kmc") == process.KMC

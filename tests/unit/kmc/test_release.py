@@ -21,8 +21,8 @@ from cipherfleet.contract.errors import (
     OutOfOrder,
     ServiceOff,
 )
-from cipherfleet.contract.escrow import RowWrite, Seen, genesis, replay
-from cipherfleet.contract.ids import MachineId, new_card_id, new_vcm_id
+from cipherfleet.contract.escrow import LogEntry, RowWrite, Seen, genesis, replay
+from cipherfleet.contract.ids import ConsumerId, MachineId, new_card_id, new_vcm_id
 from cipherfleet.contract.kmc_api import (
     CardReady,
     CertificatesRevoked,
@@ -40,7 +40,7 @@ from cipherfleet.contract.kmc_api import (
     Serving,
     TerminalRefused,
 )
-from cipherfleet.contract.statements import CheckpointStatement, IdentityRequest, LeaseStatement, Purpose
+from cipherfleet.contract.statements import CheckpointStatement, IdentityRequest, LeaseStatement, Purpose, Signed
 from cipherfleet.kmc.hsm import KeyHandle
 from tests.unit.kmc.world import SEALED, Conversation, TestConsumer, TestVcm, World, key_row, start_vcm
 
@@ -272,7 +272,7 @@ async def test_a_forged_lease_is_refused(world: World) -> None:
     alice, terminal, vcm = await serving(world)
     nonce = await wanted(terminal, vcm)
     good = (await alice.lease(vcm, nonce)).lease
-    statement = LeaseStatement(alice.name, vcm.card, vcm.id, nonce, 1000)
+    statement = LeaseStatement(alice.name, vcm.card, vcm.id, nonce, 1000, 0, 0, b"")
     other = signing.LocalSigner(new_key())
     forgeries = [
         await signing.sign(statement, other),
@@ -386,6 +386,49 @@ async def test_a_changed_escrow_rides_along_with_the_next_lease(world: World) ->
     assert signing.verify(asked.checkpoint, CheckpointStatement, [alice.reply.kmc_signing_key]).sequence == 1
     await vcm.channel.send(LeaseWanted(vcm.card, secrets.token_bytes(16)))
     assert (await terminal.next(LeaseRequested)).checkpoint is None
+
+
+async def test_a_terminal_that_comes_back_meanwhile_gets_no_log_with_a_gap(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request waits for the HSM while another terminal, which has seen less, takes over."""
+    alice, terminal, vcm = await serving(world)
+    await vcm.write(RowWrite(key_row("alice")))
+    await vcm.heartbeat(terminal)  # told of entry 1
+    await vcm.write(RowWrite(key_row("alice")))
+    session = world.kmc.service._sessions.get(alice.name)
+    assert session is not None
+    assert session.told == 1
+    waits, go = asyncio.Event(), asyncio.Event()
+    since = world.kmc.escrow.since
+
+    async def slow(consumer: ConsumerId, sequence: int) -> tuple[Seen, Signed, tuple[LogEntry, ...]]:
+        found = await since(consumer, sequence)
+        waits.set()
+        await go.wait()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.kmc.escrow, "since", slow)
+        nonce = secrets.token_bytes(16)
+        await vcm.channel.send(LeaseWanted(vcm.card, nonce))
+        async with asyncio.timeout(5):
+            await waits.wait()
+    newer = await alice.plug_in(since=0)
+    whole = await newer.next(LeaseRequested)
+    go.set()
+    late = await newer.next(LeaseRequested)
+    assert [entry.sequence for entry in whole.log] == [1, 2]
+    assert (late.nonce, late.checkpoint, late.log) == (nonce, None, ())
+    assert session.told == 2
+
+
+async def test_what_no_terminal_heard_is_told_to_the_next(world: World) -> None:
+    alice, _, vcm = await serving(world)
+    await vcm.write(RowWrite(key_row("alice")))
+    session = world.kmc.service._sessions.get(alice.name)
+    assert session is not None
+    session.terminal = None
+    await world.kmc.service._release.request_lease(session, session.vcms[vcm.id], bytes(16))
+    assert session.told == 0
 
 
 async def test_other_vcms_learn_of_a_change(world: World) -> None:

@@ -3,22 +3,27 @@
 import asyncio
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from msgspec import structs
+from sqlalchemy import Connection
 
 from cipherfleet.channel.certificates import make_request
 from cipherfleet.contract.errors import (
     CertificateExpired,
     CertificateInvalid,
     CertificateRevoked,
+    ConsumerRevoked,
+    ConsumerUnknown,
     DiskFull,
     Exists,
     KmcUnavailable,
     LeaseExpired,
     LimitReached,
     ServiceOff,
+    StateConflict,
     TokenStale,
     UkeyAbsent,
     VcmUnknown,
@@ -28,18 +33,22 @@ from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import MachineId, TokenId, new_vcm_id
 from cipherfleet.contract.kmc_api import (
     CertificatesRevoked,
+    ChallengeRequest,
+    ConsumerList,
     DownloadSignal,
+    EnrolReply,
     IdentityReply,
     LeaseRequested,
     LeaseWanted,
     Revoked,
     TerminalRefused,
     UkeyRemoved,
+    VcmAuthorisation,
     VcmKmcState,
 )
 from cipherfleet.contract.messages import CertificateRequest, Chain
 from cipherfleet.contract.statements import Purpose
-from cipherfleet.kmc import identity, store
+from cipherfleet.kmc import identity, revocation, store
 from cipherfleet.kmc.requests import subject_key
 from cipherfleet.kmc.revocation import UKEY_REMOVED
 from tests.unit.kmc.world import FAST, Conversation, TestConsumer, TestVcm, World, start_vcm, world_in
@@ -241,6 +250,98 @@ async def test_off_even_when_the_disk_is_full(world: World, monkeypatch: pytest.
         await vcm.call_with(vcm.chain).call("GET", "/v1/escrow", reply=EscrowView)
 
 
+async def test_what_the_disk_refused_is_tried_until_it_is_there(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    alice, _, vcm = await serving(world)
+    management, space, tries = await world.management(), asyncio.Event(), 0
+    write = world.center.database.write
+
+    async def full(work: Callable[[Connection], object], committed: Callable[[object], object] = lambda _: None) -> object:
+        nonlocal tries
+        tries += 1
+        if not space.is_set():
+            raise DiskFull("no space left")
+        return await write(work, committed)
+
+    monkeypatch.setattr(revocation, "RETRY_S", 0.01)
+    monkeypatch.setattr(revocation, "RETRY_MAX_S", 0.1)
+    monkeypatch.setattr(world.center.database, "write", full)
+    for _ in range(2):
+        with pytest.raises(DiskFull):
+            await management.call("POST", "/v1/consumers/alice/revoke")
+    assert world.kmc.service.revoke._unsettled == {alice.name: {"service-off"}}
+    with pytest.raises(ServiceOff):
+        world.kmc.service.revoke.check_settled(alice.name)
+    with pytest.raises(ServiceOff):
+        await management.call("POST", "/v1/identity/challenges", ChallengeRequest(alice.name))
+    async with asyncio.timeout(5):
+        while tries < 5:
+            await asyncio.sleep(0.01)
+        space.set()
+        while world.kmc.service.revoke._unsettled[alice.name]:
+            await asyncio.sleep(0.01)
+    await assert_off(world, vcm)
+    await alice.token(await world.management())
+
+
+# -- a stolen Ukey -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_stolen_ukey(world: World) -> None:
+    alice, terminal, vcm = await serving(world)
+    management, operator = await world.management(), await world.operator()
+    answer = await alice.identity_request(management)
+    free = await alice.token(management)
+    await operator.call("POST", "/v1/consumers/alice/revoke-ukey")
+    assert await vcm.channel.closed() == [Revoked(ConsumerRevoked.code)]
+    last = (await terminal.closed())[-1]
+    assert isinstance(last, TerminalRefused)
+    assert last.code == ConsumerRevoked.code
+    for _ in range(2):  # and after a restart
+        with pytest.raises(ConsumerRevoked):
+            await management.call("POST", "/v1/identity/challenges", ChallengeRequest(alice.name))
+        with pytest.raises(ConsumerRevoked):
+            await management.call("POST", "/v1/identity/verify", answer)
+        with pytest.raises(ConsumerRevoked):
+            order = VcmAuthorisation(alice.name, MachineId("m1"), free.token_id or TokenId(""), "127.0.0.1:1")
+            await management.call("PUT", f"/v1/vcms/{new_vcm_id()}", order)
+        with pytest.raises((CertificateRevoked, KmcUnavailable)):
+            await alice.plug_in()
+        with pytest.raises((CertificateRevoked, KmcUnavailable)):
+            await alice.application()
+        await assert_off(world, vcm)
+    found = await (await world.operator()).call("GET", "/v1/consumers", reply=ConsumerList)
+    assert [(c.name, c.state) for c in found.consumers] == [("alice", "revoked")]
+    assert [line for line in await world.audit_lines("alice") if line[0] == "ukey-revoked"] == [("ukey-revoked", "ok")]
+
+
+async def test_a_stolen_ukey_is_revoked_once_and_for_good(world: World) -> None:
+    alice = await world.enrol()
+    operator = await world.operator()
+    for _ in range(2):
+        await operator.call("POST", "/v1/consumers/alice/revoke-ukey")
+    assert [event for event, _ in await world.audit_lines("alice")].count("ukey-revoked") == 1
+    with pytest.raises(ConsumerRevoked):
+        await operator.call("POST", "/v1/consumers", alice.request(), reply=EnrolReply)
+    with pytest.raises(StateConflict):
+        await operator.call("DELETE", "/v1/consumers/alice")
+    with pytest.raises(ConsumerUnknown):
+        await operator.call("POST", "/v1/consumers/nobody/revoke-ukey")
+    await world.enrol("bob", confirm=False)
+    with pytest.raises(StateConflict):
+        await operator.call("POST", "/v1/consumers/bob/revoke-ukey")
+    await (await world.enrol("carol")).plug_in()  # others go on
+
+
+async def test_a_revoked_ukeys_certificate_alone_is_not_enough(world: World) -> None:
+    """Were its certificate still good, the consumer's state would refuse it."""
+    alice = await world.enrol()
+    await world.database.write(lambda connection: store.revoke_consumer(connection, alice.name))
+    with pytest.raises(ConsumerRevoked):
+        await alice.application()
+    terminal = await alice.plug_in()
+    assert [getattr(frame, "code", "") for frame in await terminal.closed()] == [ConsumerRevoked.code]
+
+
 async def test_a_certificate_that_has_expired(world: World) -> None:
     _, _, vcm = await serving(world)
     world.clock.ahead = FAST.vcm_certificate_s + 1
@@ -281,9 +382,10 @@ async def test_certificates_of_a_vcm_are_bounded(world: World, monkeypatch: pyte
     _, _, vcm = await serving(world)
     monkeypatch.setattr(identity, "MAX_CERTIFICATES", 2)
     request = CertificateRequest(vcm.certificate_request().csr)
-    await vcm.caller.call("POST", "/v1/certificate", request, reply=Chain)
-    with pytest.raises(LimitReached):
-        await vcm.caller.call("POST", "/v1/certificate", request, reply=Chain)
+    attempts = [vcm.caller.call("POST", "/v1/certificate", request, reply=Chain) for _ in range(4)]
+    done = await asyncio.gather(*attempts, return_exceptions=True)
+    assert sum(isinstance(one, Chain) for one in done) == 1
+    assert sum(isinstance(one, LimitReached) for one in done) == 3
 
 
 async def test_expired_certificates_are_forgotten(world: World) -> None:

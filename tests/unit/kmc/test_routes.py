@@ -13,6 +13,7 @@ ROUTES = {
     ("POST", "/v1/certificates/machine/m1"): {Role.OPERATOR},
     ("POST", "/v1/consumers"): {Role.OPERATOR},
     ("POST", "/v1/consumers/x/confirm"): {Role.OPERATOR},
+    ("POST", "/v1/consumers/x/revoke-ukey"): {Role.OPERATOR},
     ("DELETE", "/v1/consumers/x"): {Role.OPERATOR},
     ("GET", "/v1/consumers"): {Role.OPERATOR},
     ("GET", "/v1/applications"): {Role.OPERATOR},
@@ -35,7 +36,7 @@ ROUTES = {
     ("GET", "/v1/terminal"): {Role.TERMINAL},
     ("POST", "/v1/applications"): {Role.TERMINAL},
 }
-BODIES = [r for r in ROUTES if r[0] in ("POST", "PUT") and not r[1].endswith(("/confirm", "/revoke"))]
+BODIES = [r for r in ROUTES if r[0] in ("POST", "PUT") and not r[1].endswith(("/confirm", "/revoke", "/revoke-ukey"))]
 
 
 async def callers(world: World) -> dict[Role, Caller]:

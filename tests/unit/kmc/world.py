@@ -19,10 +19,11 @@ from cipherfleet.channel.certificates import Credentials, key_to_pem, make_reque
 from cipherfleet.channel.client import Caller
 from cipherfleet.channel.frames import Frames
 from cipherfleet.contract.errors import KmcUnavailable
-from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, KeyState, VersionAttributes
+from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, KeyState, VersionAttributes, row_digest
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import CardId, ConsumerId, KeyId, MachineId, VcmId, new_card_id, new_key_id, new_vcm_id
 from cipherfleet.contract.kmc_api import (
+    ApplicationReply,
     ApplicationRequest,
     CardReady,
     CardReply,
@@ -65,6 +66,7 @@ from cipherfleet.state.database import Database
 F = TypeVar("F")
 
 FAST = Settings(argon2_memory_kib=8192, argon2_iterations=1)
+PIN = "a PIN of the HSM"
 PASSPHRASE = "correct horse battery staple"
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), None)
 MANAGEMENT = Identity(Role.MANAGEMENT, "management")
@@ -220,10 +222,13 @@ class TestConsumer:
         return await signing.sign(ApplicationStatement(**{**values, **changes}), self.signer)
 
     async def application(self, name: str = "shop", **changes: Any) -> Chain:
+        return (await self.apply(name, **changes)).chain
+
+    async def apply(self, name: str = "shop", *, since: int = 0, **changes: Any) -> ApplicationReply:
         key = new_key()
         statement = await self.statement(public_key_der(key.public_key()), name, **changes)
-        request = ApplicationRequest(statement, make_request(key, Identity(Role.APPLICATION, name, self.name)))
-        return await self.terminal().call("POST", "/v1/applications", request, reply=Chain)
+        request = ApplicationRequest(statement, make_request(key, Identity(Role.APPLICATION, name, self.name)), since)
+        return await self.terminal().call("POST", "/v1/applications", request, reply=ApplicationReply)
 
     async def lease(self, vcm: "TestVcm", nonce: bytes, /, **changes: Any) -> LeaseSigned:
         values = {
@@ -232,6 +237,9 @@ class TestConsumer:
             "vcm": vcm.id,
             "nonce": nonce,
             "duration_ms": round(self.world.settings.lease_s * 1000),
+            "epoch": 1,
+            "sequence": 0,
+            "head": bytes(32),
         }
         return LeaseSigned(await signing.sign(LeaseStatement(**{**values, **changes}), self.signer))
 
@@ -319,9 +327,11 @@ async def start_vcm(
     return vcm
 
 
-def key_row(consumer: str, key: KeyId | None = None, version: int = 1, *, mark: bytes = b"w") -> EscrowRow:
+def key_row(
+    consumer: str, key: KeyId | None = None, version: int = 1, *, mark: bytes = b"w", replaces: EscrowRow | None = None
+) -> EscrowRow:
     """A row as a card makes them, but wrapped in nothing."""
-    of_key = KeyAttributes("AES-256-GCM", KeyState.ENABLED, 1, 1, 0.0)
+    of_key = KeyAttributes("AES-256-GCM", KeyState.ENABLED, 1, 1, 0.0, previous=b"" if replaces is None else row_digest(replaces))
     attributes = of_key if version == 0 else VersionAttributes("AES-256-GCM", 0.0)
     return EscrowRow(ConsumerId(consumer), key or new_key_id(), version, msgspec.json.encode(attributes), mark * 60)
 

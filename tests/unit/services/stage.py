@@ -55,7 +55,7 @@ async def serving_function(consumer: ConsumerId = ACME, *, lease_s: float = 3600
     """A virtual function of a card that holds its consumer's CMK and a lease."""
     transport, ukey, kmc = transport_keys(), signing.LocalSigner(new_key()), signing.LocalSigner(new_key())
     function = VirtualFunction(CARD, VCM, consumer, transport, lambda: kmc.public_key)
-    share = SealedShare(consumer, CARD, VCM, secrets.token_bytes(32), (ukey.public_key,), 1, 0, b"")
+    share = SealedShare(consumer, CARD, VCM, secrets.token_bytes(32), (ukey.public_key,), kmc.public_key, 1, 0, b"")
     raw = transport.hpke_public_key
     public = hpke.MLKEM768X25519PublicKey(
         mlkem.MLKEM768PublicKey.from_public_bytes(raw[:1184]), x25519.X25519PublicKey.from_public_bytes(raw[1184:])
@@ -67,7 +67,7 @@ async def serving_function(consumer: ConsumerId = ACME, *, lease_s: float = 3600
     function.execute(Operation.LOAD_CMK, 0, codec.encode(delivery), b"")
     nonce = function.execute(Operation.LEASE_NONCE, 0, b"", b"")
     assert not isinstance(nonce, Work)
-    lease = LeaseStatement(consumer, CARD, VCM, bytes(nonce.data), int(lease_s * 1000))
+    lease = LeaseStatement(consumer, CARD, VCM, bytes(nonce.data), int(lease_s * 1000), 1, 0, b"")
     signed = await signing.countersign(await signing.sign(lease, ukey), kmc)
     function.execute(Operation.LEASE, 0, codec.encode(signed), b"")
     return function

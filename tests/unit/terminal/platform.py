@@ -22,10 +22,11 @@ from cipherfleet.channel.frames import Frames
 from cipherfleet.channel.server import Call, Server
 from cipherfleet.channel.signing import LocalSigner
 from cipherfleet.contract.errors import CipherfleetError, Exists, KmcUnavailable, ManagementUnavailable, ServiceOff, StateConflict
-from cipherfleet.contract.escrow import LogEntry, Seen, genesis, replay
+from cipherfleet.contract.escrow import LogEntry, Seen, StatementEntry, genesis, replay, statement_digest
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import CardId, ConsumerId, MachineId, VcmId, new_card_id, new_vcm_id
 from cipherfleet.contract.kmc_api import (
+    ApplicationReply,
     ApplicationRequest,
     CmkReleased,
     ConsumerEntry,
@@ -224,15 +225,24 @@ class Kmc:
         self.consumers.pop(consumer, None)
         return Done()
 
-    async def _application(self, call: Call) -> Chain:
+    async def _application(self, call: Call) -> ApplicationReply:
         request = await call.body(ApplicationRequest)
         self.requests.append(request)
         self._may_fail("application")
         statement = signing.verify(request.statement, ApplicationStatement, [self.identity_key])
-        key = x509.load_der_x509_csr(request.csr).public_key()
-        assert isinstance(key, (ec.EllipticCurvePublicKey, rsa.RSAPublicKey))
-        chain = self.domain(statement.consumer).certify(Identity(Role.APPLICATION, statement.name, statement.consumer), key)
-        return Chain(chain, self.domain(statement.consumer).pem)
+        entry = StatementEntry(statement.name, request.statement, statement.sequence)
+        self.log.append(LogEntry(len(self.log) + 1, entry.subject, statement_digest(request.statement)))
+        chain, domain = b"", self.domain(statement.consumer)
+        if not statement.revoked:
+            key = x509.load_der_x509_csr(request.csr).public_key()
+            assert isinstance(key, (ec.EllipticCurvePublicKey, rsa.RSAPublicKey))
+            chain = domain.certify(Identity(Role.APPLICATION, statement.name, statement.consumer), key)
+        await self.application_written(entry.subject)
+        checkpoint = await self.checkpoint(statement.consumer)
+        return ApplicationReply(Chain(chain, domain.pem), checkpoint, tuple(self.log[request.since :]))
+
+    async def application_written(self, subject: str) -> None:
+        """What happens between the escrow's write and the reply: nothing, unless a test says otherwise."""
 
     # -- the escrow's log ----------------------------------------------------------------------------------------------
 
@@ -424,7 +434,8 @@ class Platform:
         nonce = os.urandom(16)
         await self.kmc.line.say(msgspec.structs.replace(LeaseRequested(vcm.id, vcm.card.id, nonce), **changes))
         lease = self.verify((await self.kmc.line.hears_at_last(LeaseSigned)).lease, LeaseStatement)
-        assert lease == LeaseStatement(ACME, vcm.card.id, vcm.id, nonce, round(SETTINGS.lease_s * 1000))
+        duration_ms, seen = round(SETTINGS.lease_s * 1000), self.kmc.point(log=self.kmc.log[: lease.sequence])
+        assert lease == LeaseStatement(ACME, vcm.card.id, vcm.id, nonce, duration_ms, seen.epoch, seen.sequence, seen.head)
         return lease
 
     async def serve(self, vcm: Vcm) -> tuple[TraceEntry, ...]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -9,11 +10,15 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509.oid import NameOID
+from msgspec import structs
 
 from cipherfleet.channel.certificates import Credentials, check_chain, identity_of, make_request, new_key, public_key_der
+from cipherfleet.channel.signing import LocalSigner
 from cipherfleet.contract.errors import (
     CertificateInvalid,
+    CheckpointForged,
     CipherfleetError,
+    EscrowRolledBack,
     HsmUnavailable,
     Malformed,
     ManagementUnavailable,
@@ -23,10 +28,10 @@ from cipherfleet.contract.errors import (
 )
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import ApplicationName
-from cipherfleet.contract.statements import ApplicationStatement, Right
-from cipherfleet.terminal.applications import read_request, sign_in
+from cipherfleet.contract.statements import ApplicationStatement, Right, Signed
+from cipherfleet.terminal.applications import read_request, sign_in, sign_out
 from cipherfleet.terminal.ukey import DirectoryUkey
-from tests.unit.terminal.platform import ACME, PIN, Platform
+from tests.unit.terminal.platform import ACME, PIN, Kmc, Platform
 
 BILLING = ApplicationName("billing")
 REQUEST = make_request(new_key(), Identity(Role.APPLICATION, "billing", ACME))
@@ -170,3 +175,83 @@ async def test_a_certificate_for_another_name_is_refused(enrolled: Platform, mon
     monkeypatch.setattr(domain, "certify", lambda identity, key: certify(Identity(Role.APPLICATION, "payroll", ACME), key))
     with DirectoryUkey.open(enrolled.ukey, PIN) as ukey, pytest.raises(CertificateInvalid):
         await sign_in(ukey, BILLING, (Right.SIGN,), 1)
+
+
+async def test_an_application_is_signed_out(enrolled: Platform) -> None:
+    with DirectoryUkey.open(enrolled.ukey, PIN) as ukey:
+        await sign_in(ukey, BILLING, (Right.SIGN,), 1)
+        await sign_out(ukey, BILLING)
+    signed = statement(enrolled)
+    assert (signed.name, signed.rights, signed.revoked, signed.sequence) == (BILLING, (), True, 2)
+    assert signed.not_after <= time.time()
+
+
+async def test_the_ukey_remembers_what_it_signed(enrolled: Platform) -> None:
+    enrolled.kmc.grow(2)
+    with DirectoryUkey.open(enrolled.ukey, PIN) as ukey:
+        await sign_in(ukey, BILLING, (Right.SIGN,), 1)
+        assert [r.since for r in enrolled.kmc.requests] == [0]
+        await sign_out(ukey, BILLING)
+        assert [r.since for r in enrolled.kmc.requests] == [0, 3]
+    with DirectoryUkey.open(enrolled.ukey, PIN) as ukey:
+        assert ukey.memory.seen == enrolled.kmc.point()
+        assert ukey.memory.seen.sequence == 4
+
+
+async def both(ukey: DirectoryUkey, error: type[CipherfleetError]) -> None:
+    before = ukey.memory.seen
+    with pytest.raises(error):
+        await sign_in(ukey, BILLING, (Right.SIGN,), 1)
+    with pytest.raises(error):
+        await sign_out(ukey, BILLING)
+    assert ukey.memory.seen == before
+
+
+async def test_a_statement_that_was_kept_back_is_found(enrolled: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def kept_back(subject: str) -> None:
+        enrolled.kmc.log.pop()
+
+    monkeypatch.setattr(enrolled.kmc, "application_written", kept_back)
+    with DirectoryUkey.open(enrolled.ukey, PIN) as ukey:
+        await both(ukey, EscrowRolledBack)
+
+
+async def test_a_statement_under_another_number_is_found(enrolled: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def renumbered(subject: str) -> None:
+        enrolled.kmc.log.append(structs.replace(enrolled.kmc.log.pop(), subject="application/billing@99"))
+
+    monkeypatch.setattr(enrolled.kmc, "application_written", renumbered)
+    with DirectoryUkey.open(enrolled.ukey, PIN) as ukey:
+        await both(ukey, EscrowRolledBack)
+
+
+async def test_a_reply_with_another_history_is_found(enrolled: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    enrolled.kmc.grow(2)
+    with DirectoryUkey.open(enrolled.ukey, PIN) as ukey:
+        await sign_in(ukey, BILLING, (Right.SIGN,), 1)
+        enrolled.kmc.log[0] = structs.replace(enrolled.kmc.log[0], digest=b"x" * 32)
+        await both(ukey, EscrowRolledBack)
+
+
+async def test_a_reply_that_the_kmc_did_not_sign_is_found(enrolled: Platform) -> None:
+    enrolled.kmc.signer = LocalSigner(new_key())
+    with DirectoryUkey.open(enrolled.ukey, PIN) as ukey:
+        await both(ukey, CheckpointForged)
+
+
+async def test_a_heartbeat_may_see_more_meanwhile(enrolled: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal uses the same Ukey at the same time, and is told of a later change first."""
+    reply = type(enrolled.kmc).checkpoint
+
+    async def overtaken(kmc: Kmc, *args: Any, **options: Any) -> Signed:
+        checkpoint = await reply(kmc, *args, **options)
+        if len(kmc.requests) == 1:
+            kmc.grow()
+            await other.memory.remember(kmc.point())
+        return checkpoint
+
+    with DirectoryUkey.open(enrolled.ukey, PIN) as ukey, DirectoryUkey.open(enrolled.ukey, PIN) as other:
+        monkeypatch.setattr(Kmc, "checkpoint", overtaken)
+        await sign_in(ukey, BILLING, (Right.SIGN,), 1)
+        assert [statement(enrolled, n).sequence for n in range(2)] == [1, 2]
+        assert ukey.memory.seen == enrolled.kmc.point()

@@ -32,12 +32,12 @@ def card(root: Authority) -> StandInCard:
 
 def sealed(card: StandInCard) -> bytes:
     trusted = TrustedCard(card.id, card.transport_key)
-    return seal_share(SHARE, trusted, VCM, consumer=ACME, public_keys=(b"spki",), seen=SEEN)
+    return seal_share(SHARE, trusted, VCM, consumer=ACME, public_keys=(b"spki",), kmc_signing_key=b"kmc", seen=SEEN)
 
 
 def test_what_is_sealed_opens_in_that_card(root: Authority, card: StandInCard) -> None:
     assert check_card(card.chain, root.pem, card.id) == TrustedCard(card.id, card.transport_key)
-    assert card.open(sealed(card), VCM) == SealedShare(ACME, card.id, VCM, SHARE, (b"spki",), 1, 7, b"h" * 32)
+    assert card.open(sealed(card), VCM) == SealedShare(ACME, card.id, VCM, SHARE, (b"spki",), b"kmc", 1, 7, b"h" * 32)
 
 
 def test_it_opens_for_no_other_card_or_vcm(root: Authority, card: StandInCard) -> None:

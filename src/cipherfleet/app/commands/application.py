@@ -19,7 +19,7 @@ from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.settings import Settings
 from cipherfleet.contract.statements import Right
 from cipherfleet.state.files import write_private
-from cipherfleet.terminal.applications import sign_in
+from cipherfleet.terminal.applications import sign_in, sign_out
 from cipherfleet.terminal.ukey import DirectoryUkey
 
 app = typer.Typer(help="Applications: add, list, revoke, exec.", no_args_is_help=True)
@@ -74,21 +74,36 @@ def list_(state: State = None, json: Json = False) -> None:  # type: ignore[assi
 
 
 @app.command()
-def revoke(name: NameArgument, state: State = None, consumer: ConsumerOption = None, json: Json = False) -> None:  # type: ignore[assignment]
-    """Revoke an application's certificate, at once and for open connections too."""
+def revoke(
+    name: NameArgument,
+    state: State = None,  # type: ignore[assignment]
+    consumer: ConsumerOption = None,
+    ukey: Annotated[Path | None, typer.Option("--ukey", help="The consumer's Ukey, to sign the application out with.")] = None,
+    pin_file: PinFile = None,
+    json: Json = False,
+) -> None:
+    """Revoke an application's certificate, at once and for open connections too.
 
-    async def work() -> ApplicationEntry:
+    With --ukey the consumer signs the application out, and nobody but the consumer lets it in again; without, the operator revokes it.
+    """
+    pin = read_pin(pin_file) if ukey else None
+
+    async def work() -> tuple[str, str]:
+        if ukey is not None and pin is not None:
+            with DirectoryUkey.open(ukey, pin) as opened:
+                await sign_out(opened, ApplicationName(name))
+                return name, opened.record.consumer
         cloud = Cloud(state)
         entry = await _one(cloud, name, consumer)
         async with cloud.kmc() as kmc:
             await kmc.call("POST", f"/v1/applications/{entry.consumer}/{entry.name}/revoke")
-        return entry
+        return entry.name, entry.consumer
 
-    entry = run(work())
+    revoked, owner = run(work())
     if json:
-        output.document({"application": entry.name, "consumer": entry.consumer, "state": "revoked"})
+        output.document({"application": revoked, "consumer": owner, "state": "revoked"})
     else:
-        output.screen.print(f"{entry.name} of {entry.consumer} is revoked")
+        output.screen.print(f"{revoked} of {owner} is {'signed out' if ukey else 'revoked'}")
 
 
 @app.command("exec", context_settings={"allow_extra_args": True})

@@ -18,7 +18,7 @@ from cipherfleet.contract.kmc_api import ConsumerList
 from cipherfleet.terminal.enrol import EnrolResult, enrol
 from cipherfleet.terminal.process import main as terminal_main
 
-app = typer.Typer(help="Consumers: enroll, list.", no_args_is_help=True)
+app = typer.Typer(help="Consumers: enroll, list, revoke.", no_args_is_help=True)
 
 
 @app.command()
@@ -71,6 +71,30 @@ def list_(state: State = None, json: Json = False) -> None:  # type: ignore[assi
     else:
         rows = [(c.name, c.state, c.keys, c.applications) for c in consumers]
         output.table("consumers", ("name", "state", "keys", "applications"), rows)
+
+
+@app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(help="The consumer whose Ukey was stolen or lost.")],
+    state: State = None,  # type: ignore[assignment]
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Revoke a consumer's Ukey, at once and for good: its service ends and never comes back."""
+    if not is_slug(name):
+        raise Malformed(f"{name!r} cannot name a consumer", "use 1 to 32 of a-z, 0-9 and dash")
+    if not (yes or json):
+        typer.confirm(f"Revoke the Ukey of {name}? Its service ends now, and its keys cannot be used again.", abort=True, err=True)
+
+    async def work() -> None:
+        async with Cloud(state).kmc() as kmc:
+            await kmc.call("POST", f"/v1/consumers/{name}/revoke-ukey")
+
+    run(work())
+    if json:
+        output.document({"consumer": name, "state": "revoked"})
+    else:
+        output.screen.print(f"the Ukey of {name} is revoked")
 
 
 def terminal(

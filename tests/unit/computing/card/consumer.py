@@ -67,7 +67,7 @@ class Consumer:
         self.hsm_share, self.ukey_share = secrets.token_bytes(32), secrets.token_bytes(32)
 
     def share(self, card: CardId = CARD, vcm: VcmId = VCM) -> SealedShare:
-        return SealedShare(self.name, card, vcm, self.ukey_share, (self.spki,), 1, 3, b"h" * 32)
+        return SealedShare(self.name, card, vcm, self.ukey_share, (self.spki,), KMC_SPKI, 1, 3, b"h" * 32)
 
     def delivery(
         self,
@@ -89,7 +89,7 @@ class Consumer:
         return CmkDelivery(wrapped, sealed)
 
     def statement(self, nonce: bytes, duration_ms: int = 6000, *, card: CardId = CARD, vcm: VcmId = VCM) -> LeaseStatement:
-        return LeaseStatement(self.name, card, vcm, nonce, duration_ms)
+        return LeaseStatement(self.name, card, vcm, nonce, duration_ms, 1, 3, b"h" * 32)
 
     def lease(self, nonce: bytes, duration_ms: int = 6000, *, card: CardId = CARD, vcm: VcmId = VCM) -> Signed:
         return signed(self.statement(nonce, duration_ms, card=card, vcm=vcm), self.ukey, KMC_KEY)

@@ -34,6 +34,7 @@ from cipherfleet.contract.errors import (
     Internal,
     KeyExhausted,
     KeyUnknown,
+    LeaseForged,
     LimitReached,
     MacInvalid,
     Malformed,
@@ -51,6 +52,7 @@ from cipherfleet.contract.statements import ApplicationStatement, LoginStatement
 from cipherfleet.contract.vcc import (
     CHUNK_BYTES,
     MAX_STREAMS,
+    CardDescription,
     CmkDelivery,
     DataKeyRequest,
     Operation,
@@ -219,6 +221,21 @@ def test_wiping_reaches_what_libraries_hand_out() -> None:
         wipe(short)
 
 
+def test_a_lease_counts_with_the_kmcs_key_that_the_ukey_knows() -> None:
+    """Whoever certified the card may have named another key."""
+    consumer = Consumer()
+    function = Function(consumer, serving=False)
+    other = public_key_der(ec.generate_private_key(ec.SECP256R1()).public_key())
+    function.do(Operation.LOAD_CMK, consumer.delivery(msgspec.structs.replace(consumer.share(), kmc_signing_key=other)))
+    with pytest.raises(LeaseForged):
+        function.do(Operation.LEASE, consumer.lease(bytes(function.do(Operation.LEASE_NONCE).data), 6000))
+    described = codec.decode(function.do(Operation.DESCRIBE).parameters, CardDescription)
+    assert described.kmc_signing_key == other
+    nameless = msgspec.structs.replace(consumer.share(), kmc_signing_key=b"none")
+    with pytest.raises(CmkInvalid):
+        Function(consumer, serving=False).do(Operation.LOAD_CMK, consumer.delivery(nameless))
+
+
 # -- statements --------------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +246,14 @@ def test_statements_of_the_consumer_alone(function: Function) -> None:
     for statement in (application, login):
         good = signed(statement, alice.ukey)
         assert function.do(Operation.VERIFY_STATEMENT, good).data == codec.encode(statement)
-        for bad in (signed(statement), signed(statement, KMC_KEY), msgspec.structs.replace(good, payload=good.payload + b" ")):
+        twice = msgspec.structs.replace(good, signatures=good.signatures * 2)
+        for bad in (
+            signed(statement),
+            signed(statement, KMC_KEY),
+            signed(statement, alice.ukey, KMC_KEY),
+            twice,
+            msgspec.structs.replace(good, payload=good.payload + b" "),
+        ):
             with pytest.raises(StatementForged):
                 function.do(Operation.VERIFY_STATEMENT, bad)
     with pytest.raises(StatementForged):

@@ -47,7 +47,7 @@ def test_a_lease_lasts_from_the_nonce_not_from_its_arrival(card: Card) -> None:
     nonce = card.lease.nonce()
     assert len(nonce) == 16
     card.clock.now += 4
-    assert card.accept(ALICE.lease(nonce, 6000)) == LeaseState(1006.0, 2.0)
+    assert card.accept(ALICE.lease(nonce, 6000)) == LeaseState(1006.0, 2.0, 1, 3, b"h" * 32)
     card.lease.check()
     card.clock.now = 1005.999
     card.lease.check()

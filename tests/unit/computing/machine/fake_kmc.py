@@ -27,7 +27,7 @@ from cipherfleet.channel.certificates import (
 from cipherfleet.channel.frames import Frames
 from cipherfleet.channel.server import Call, Server
 from cipherfleet.contract.errors import ServiceOff, StateConflict, TokenStale
-from cipherfleet.contract.escrow import EscrowRow, EscrowView, LogEntry, StatementEntry, extend, genesis, row_digest, statement_digest
+from cipherfleet.contract.escrow import EscrowRow, EscrowView, LogEntry, Seen, StatementEntry, extend, genesis, row_digest, statement_digest
 from cipherfleet.contract.identities import Identity, Peer, Role
 from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, Serial, VcmId
 from cipherfleet.contract.kmc_api import (
@@ -86,10 +86,11 @@ class FakeConsumer:
         self.ukey_share, self.hsm_share = secrets.token_bytes(32), secrets.token_bytes(32)
         self.kmc_key = kmc_key
         self.rows: dict[tuple[KeyId, int], EscrowRow] = {}
-        self.statements: dict[ApplicationName, Signed] = {}
+        self.statements: dict[ApplicationName, StatementEntry] = {}
         self.log: list[LogEntry] = []
         self.calls: list[str] = []
         self.sequence = 0
+        self.remembered: Seen | None = None
 
     # -- the escrow, as the port that ``Escrow`` calls ----------------------------------------------------------------
 
@@ -113,7 +114,7 @@ class FakeConsumer:
 
     def view(self) -> EscrowView:
         checkpoint = signed(CheckpointStatement(self.name, EPOCH, len(self.log), self.head()), self.kmc_key)
-        kept = tuple(StatementEntry(name, statement) for name, statement in self.statements.items())
+        kept = tuple(self.statements.values())
         return EscrowView(tuple(self.rows.values()), kept, tuple(self.log), checkpoint)
 
     def write(self, request: EscrowWrite) -> EscrowReceipt:
@@ -130,9 +131,11 @@ class FakeConsumer:
     def append(self, subject: str, digest: bytes) -> None:
         self.log.append(LogEntry(len(self.log) + 1, subject, digest))
 
-    def keep(self, name: str, statement: Signed) -> None:
-        self.statements[ApplicationName(name)] = statement
-        self.append(f"application/{name}", statement_digest(statement))
+    def keep(self, name: str, statement: Signed, *, sequence: int | None = None) -> None:
+        """``sequence`` is the number in the log, when it is not the newest that the Ukey gave."""
+        entry = StatementEntry(ApplicationName(name), statement, self.sequence if sequence is None else sequence)
+        self.statements[entry.name] = entry
+        self.append(entry.subject, statement_digest(statement))
 
     # -- the Ukey ------------------------------------------------------------------------------------------------------
 
@@ -164,7 +167,10 @@ class FakeConsumer:
         return signed(LoginStatement(self.name, vcm, secrets.token_bytes(32) if nonce is None else nonce), self.ukey)
 
     def lease(self, card: CardId, vcm: VcmId, nonce: bytes, duration_ms: int) -> Signed:
-        return signed(LeaseStatement(self.name, card, vcm, nonce, duration_ms), self.ukey, self.kmc_key)
+        """The Ukey has seen ``self.remembered``, or all of the log."""
+        seen = self.remembered or Seen(EPOCH, len(self.log), self.head())
+        statement = LeaseStatement(self.name, card, vcm, nonce, duration_ms, seen.epoch, seen.sequence, seen.head)
+        return signed(statement, self.ukey, self.kmc_key)
 
     def delivery(self, card: CardId, vcm: VcmId, chain: bytes, hpke_public_key: bytes) -> CmkDelivered:
         """step f: both shares for one card. The Ukey has seen all of the log."""
@@ -174,6 +180,7 @@ class FakeConsumer:
             vcm,
             self.ukey_share,
             (public_key_der(self.ukey.public_key()),),
+            public_key_der(self.kmc_key.public_key()),
             EPOCH,
             len(self.log),
             self.head(),

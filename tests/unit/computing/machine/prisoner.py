@@ -54,7 +54,7 @@ class Prepared(msgspec.Struct):
 
 
 def prepare(orders: Orders) -> Prepared:
-    return Prepared(orders, confine(orders.confinement))
+    return Prepared(orders, confine(orders.confinement, listening=orders.listening))
 
 
 def attempt(work: Callable[[], object]) -> str:
@@ -157,6 +157,8 @@ def attempts(orders: Orders) -> dict[str, str]:
         "subprocess": lambda: subprocess.run(["/usr/bin/true"], check=True),
         "fork": os.fork,
         "kill": lambda: os.kill(orders.host_pid, 0),
+        "tgkill": call(234, orders.host_pid, orders.host_pid, 0),
+        "limits of another": lambda: resource.prlimit(orders.host_pid, resource.RLIMIT_NOFILE),
         "pidfd_open": lambda: os.pidfd_open(orders.host_pid),
         "ptrace": call(101, 16, orders.host_pid, 0, 0),
         "process_vm_readv": call(310, orders.host_pid, 0, 0, 0, 0, 0),

@@ -17,6 +17,7 @@ from cipherfleet.computing import confinement, confinement_landlock, confinement
 from cipherfleet.computing.confinement import Confinement, capabilities, confine, look, look_outside, process_status
 from cipherfleet.contract.errors import IsolationUnavailable
 from cipherfleet.contract.machine_api import Isolation
+from tests.unit.computing.machine.prisoner import call
 
 T = TypeVar("T")
 WANTED = Confinement("process", "none", 512, 64)
@@ -120,6 +121,38 @@ def test_seccomp_refuses_what_is_not_listed() -> None:
     assert in_cell(work) == [0, 0, errno.EPERM, errno.EPERM, errno.EPERM, 0]
 
 
+def test_seccomp_leaves_limits_and_signals_of_its_own_alone() -> None:
+    parent, prlimit64, tgkill = os.getppid(), 302, 234  # x86-64
+
+    def work() -> list[int]:
+        confinement_seccomp.restrict()
+        return [
+            refusal(lambda: resource.getrlimit(resource.RLIMIT_NOFILE)),
+            refusal(lambda: resource.prlimit(parent, resource.RLIMIT_NOFILE)),
+            refusal(call(prlimit64, os.getpid(), resource.RLIMIT_CORE, 0, 0)),
+            refusal(call(tgkill, os.getpid(), threading.get_native_id(), 0)),
+            refusal(call(tgkill, parent, parent, 0)),
+        ]
+
+    assert in_cell(work) == [0, errno.EPERM, errno.EPERM, 0, errno.EPERM]
+
+
+def test_seccomp_lets_one_socket_listen_and_none_be_bound() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as ours, socket.create_server(("127.0.0.1", 0)) as other, socket.socket() as unbound:
+
+        def work() -> list[int]:
+            confinement_seccomp.restrict(ours.fileno())
+            return [refusal(ours.listen), refusal(other.listen), refusal(lambda: unbound.bind(("127.0.0.1", 0)))]
+
+        assert in_cell(work) == [0, errno.EPERM, errno.EPERM]
+
+
+def test_a_network_is_confined_only_where_landlock_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert in_cell(lambda: confinement._restrict(())[1]) == (confinement_landlock.abi() >= 4)
+    monkeypatch.setattr(confinement_landlock, "abi", lambda: 3)
+    assert in_cell(lambda: confinement._restrict(())) == (3, False)
+
+
 def test_without_libseccomp_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyseccomp", None)
     with pytest.raises(OSError, match="not installed"):
@@ -132,7 +165,7 @@ def test_what_the_kernel_does_not_give_is_left_out(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(confinement_landlock, "restrict", refuse)
     monkeypatch.setattr(confinement_seccomp, "restrict", refuse)
-    assert confinement._restrict(()) == 0
+    assert in_cell(lambda: confinement._restrict(())) == (0, False)
 
 
 def test_capabilities_are_gone_for_good() -> None:
@@ -176,7 +209,7 @@ def test_the_limits_are_those_of_the_order(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_looking_finds_what_is_not_there() -> None:
-    found = look(WANTED, 7)
+    found = look(WANTED, 7, False)
     assert (found.landlock_abi, found.seccomp, found.no_new_privileges) == (0, False, False)
     assert look_outside(os.getpid(), found).namespaces == ()
 

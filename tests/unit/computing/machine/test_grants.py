@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
 from cipherfleet.channel.certificates import new_key
 from cipherfleet.computing.vcc_socket import SocketCard
@@ -13,6 +14,7 @@ from cipherfleet.computing.vcm_grants import Grants, Logins
 from cipherfleet.contract.errors import (
     ApplicationRevoked,
     ApplicationUnknown,
+    EscrowRolledBack,
     ForeignConsumer,
     LoginRefused,
     NotPermitted,
@@ -24,9 +26,16 @@ from cipherfleet.contract.errors import (
 from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import ApplicationName, VcmId, new_vcm_id
-from cipherfleet.contract.statements import ApplicationStatement, Right
+from cipherfleet.contract.statements import ApplicationStatement, Right, Signature
 from tests.unit.computing.machine.fake_kmc import EPOCH, FakeConsumer, FakeKmc, other_key, peer, signed
 from tests.unit.computing.machine.stage import CardOfTests
+
+P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+
+
+def other_form(signature: Signature) -> Signature:
+    r, s = decode_dss_signature(signature.value)
+    return msgspec.structs.replace(signature, value=encode_dss_signature(r, P256_ORDER - s))
 
 
 class Doorkeeper:
@@ -137,10 +146,42 @@ async def test_an_older_statement_in_a_new_envelope_is_a_replay(door: Doorkeeper
     old = ApplicationStatement(
         door.consumer.name, ApplicationName("billing"), billing.public_key_sha256, tuple(Right), int(time.time()) + 99, 0
     )
+    before = list(door.consumer.log)
     door.consumer.keep("billing", signed(old, door.consumer.ukey))
+    with pytest.raises(EscrowRolledBack):
+        await door.escrow.refresh()
+    door.consumer.log[:] = before
+    door.consumer.keep("billing", signed(old, door.consumer.ukey), sequence=door.consumer.sequence + 1)
     await door.escrow.refresh()
-    with pytest.raises(StatementReplayed):
+    with pytest.raises(EscrowRolledBack):
         await door.grants.authorise(billing, Right.DECRYPT)
+
+
+async def test_a_statement_with_another_signature_over_it_is_no_newer_one(door: Doorkeeper) -> None:
+    """ECDSA signatures can be rewritten by anybody: the operator appends the grant again after the signing out."""
+    billing = peer(door.consumer.application("billing"))
+    grant = door.consumer.statements[ApplicationName("billing")].statement
+    door.consumer.keep("billing", door.consumer.statement("billing", bytes(32), (), revoked=True))
+    rewritten = msgspec.structs.replace(grant, signatures=(other_form(grant.signatures[0]),))
+    log = list(door.consumer.log)
+    for sequence in (1, 2):
+        door.consumer.log[:] = log
+        door.consumer.keep("billing", rewritten, sequence=sequence)
+        with pytest.raises(EscrowRolledBack):
+            await door.escrow.refresh()
+    door.consumer.log[:] = log
+    door.consumer.keep("billing", rewritten, sequence=3)
+    await door.escrow.refresh()
+    with pytest.raises(EscrowRolledBack):
+        await door.grants.authorise(billing, Right.SHOW)
+
+
+async def test_a_grant_carries_one_signature(door: Doorkeeper) -> None:
+    billing = door.consumer.domain.credentials(Identity(Role.APPLICATION, "billing", door.consumer.name))
+    grant = door.consumer.statement("billing", peer(billing).public_key_sha256)
+    door.consumer.keep("billing", msgspec.structs.replace(grant, signatures=grant.signatures * 2))
+    with pytest.raises(StatementForged):
+        await door.grants.authorise(peer(billing), Right.SHOW)
 
 
 async def test_other_consumers_and_other_roles_are_not_let_in(door: Doorkeeper) -> None:

@@ -28,7 +28,7 @@ from cipherfleet.contract.errors import (
     StateConflict,
     WrongKeyType,
 )
-from cipherfleet.contract.escrow import EscrowView, KeyAttributes, KeyState, Seen, row_digest
+from cipherfleet.contract.escrow import EscrowView, KeyAttributes, KeyState, Seen, decode_attributes, row_digest
 from cipherfleet.contract.ids import KeyId, VcmId, new_key_id, new_vcm_id
 from cipherfleet.contract.kmc_api import EscrowReceipt
 from cipherfleet.contract.statements import CheckpointStatement
@@ -324,7 +324,8 @@ async def test_a_view_that_lies_is_refused_until_a_good_one_comes(world: World, 
 async def test_a_row_that_fits_the_log_but_not_the_card_is_refused(store: Store) -> None:
     made = await store.keys.create("AES-256-GCM", label="", actor="a")
     row = store.consumer.rows[made.id, 0]
-    forged = msgspec.structs.replace(row, attributes=row.attributes.replace(b"enabled", b"deleted"))
+    attributes = msgspec.structs.replace(decode_attributes(row), state=KeyState.DELETED, previous=row_digest(row))
+    forged = msgspec.structs.replace(row, attributes=codec.encode(attributes))
     store.consumer.rows[made.id, 0] = forged
     store.consumer.append(forged.subject, row_digest(forged))
     await store.keys.refresh()
@@ -344,10 +345,58 @@ async def test_an_old_row_written_again_is_a_rollback(world: World, store: Store
         await world.store()  # one that never saw the newer row finds it, too
 
 
+async def test_a_row_that_was_kept_back_is_a_rollback(world: World, store: Store) -> None:
+    """The operator refuses a write, keeps the sealed row, and appends it with its HSM after the next one."""
+    made = await store.keys.create("AES-256-GCM", label="", actor="a")
+    await store.keys.set_state(made.id, KeyState.DISABLED, actor="a")
+    disabled = store.consumer.rows[made.id, 0]
+    enabled = KeyAttributes("AES-256-GCM", KeyState.ENABLED, 1, 3, 0.0)
+    kept_back = await store.keys._seal(made.id, enabled, disabled)
+    await store.keys.set_state(made.id, KeyState.DELETED, actor="a")
+    for row in (disabled, kept_back):
+        store.consumer.rows[made.id, 0] = row
+        store.consumer.append(row.subject, row_digest(row))
+    with pytest.raises(EscrowRolledBack):
+        await store.keys.refresh()
+    store.consumer.log.pop(-2)
+    store.consumer.log[-1] = msgspec.structs.replace(store.consumer.log[-1], sequence=len(store.consumer.log))
+    with pytest.raises(EscrowRolledBack):
+        await store.keys.refresh()
+
+
+async def test_a_changed_key_names_the_row_it_replaces(store: Store) -> None:
+    made = await store.keys.create("AES-256-GCM", label="", actor="a")
+    rows = [store.consumer.rows[made.id, 0]]
+    await store.keys.rotate(made.id, actor="a")
+    rows.append(store.consumer.rows[made.id, 0])
+    await store.keys.set_state(made.id, KeyState.DISABLED, actor="a")
+    rows.append(store.consumer.rows[made.id, 0])
+    previous = [attributes.previous for attributes in map(decode_attributes, rows) if isinstance(attributes, KeyAttributes)]
+    assert previous == [b"", row_digest(rows[0]), row_digest(rows[1])]
+    await store.keys.refresh()
+
+
+async def test_a_shared_look_that_fails_fails_for_all(store: Store) -> None:
+    """Four callers at once: none of them may take the failure of the look that they waited for as its success."""
+    made = await store.keys.create("AES-256-GCM", label="", actor="a")
+    store.consumer.append("key/nobody/1", b"x" * 32)
+    with pytest.raises(EscrowRolledBack):
+        await store.escrow.refresh()
+    store.consumer.calls.clear()
+    outcomes = await asyncio.gather(*(store.escrow.require() for _ in range(4)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [EscrowRolledBack] * 4
+    assert store.consumer.calls == ["GET /v1/escrow"]
+    uses = await asyncio.gather(*(store.keys.use(made.id) for _ in range(4)), return_exceptions=True)
+    assert [type(use) for use in uses] == [EscrowRolledBack] * 4
+    store.consumer.log.pop()
+    assert await asyncio.gather(*(store.escrow.require() for _ in range(4))) == [None] * 4
+
+
 async def test_attributes_of_an_older_revision_are_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     made = await store.keys.create("AES-256-GCM", label="", actor="a")
     await store.keys.rotate(made.id, actor="a")
-    older = await store.keys._seal(made.id, KeyAttributes("AES-256-GCM", KeyState.ENABLED, 1, 1, 0.0))
+    newest = store.consumer.rows[made.id, 0]
+    older = await store.keys._seal(made.id, KeyAttributes("AES-256-GCM", KeyState.ENABLED, 1, 1, 0.0), newest)
     store.consumer.rows[made.id, 0] = older
     store.consumer.append(older.subject, row_digest(older))
     await store.keys.refresh()

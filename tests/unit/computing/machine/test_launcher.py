@@ -115,6 +115,7 @@ async def test_what_is_reported_is_what_is_in_force(cell: Cell) -> None:
     assert isolation.no_new_privileges
     assert isolation.seccomp
     assert isolation.landlock_abi >= 1
+    assert isolation.network_confined == (isolation.landlock_abi >= 4)
     assert isolation.capabilities == "0"
     assert isolation.limits["memory_bytes"] == MEMORY_MIB * 1024 * 1024
     assert isolation.limits["files"] == FILES

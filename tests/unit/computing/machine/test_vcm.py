@@ -10,7 +10,7 @@ from cipherfleet.channel import codec
 from cipherfleet.computing.vcm import Ending
 from cipherfleet.computing.vcm_boot import News
 from cipherfleet.contract.errors import (
-    ApplicationUnknown,
+    ApplicationRevoked,
     CertificateInvalid,
     CertificateRevoked,
     CipherfleetError,
@@ -21,6 +21,7 @@ from cipherfleet.contract.errors import (
     ServiceUnavailable,
     TokenStale,
 )
+from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import Serial
 from cipherfleet.contract.kmc_api import CertificatesRevoked, CmkDelivered, EscrowChanged, LeaseGranted
@@ -30,7 +31,7 @@ from cipherfleet.contract.statements import Right
 from cipherfleet.contract.vcc import CardDescription, Operation
 from cipherfleet.contract.vcm import VcmHost
 from cipherfleet.contract.vcm_api import LoginReply
-from tests.unit.computing.machine.fake_kmc import FakeKmc, serial
+from tests.unit.computing.machine.fake_kmc import EPOCH, FakeKmc, serial
 from tests.unit.computing.machine.stage import RunningVcm, vcm_of
 
 
@@ -230,9 +231,36 @@ async def test_a_change_of_the_escrow_is_fetched(tmp_path: Path, kmc: FakeKmc) -
             vcm.consumer.keep("billing", statement)
             await kmc.tell(vcm.id, EscrowChanged(len(vcm.consumer.log)))
             async with asyncio.timeout(5):
-                with pytest.raises(ApplicationUnknown):
+                with pytest.raises(ApplicationRevoked):
                     while True:
                         await client.call("GET", "/v1/authorise")
+
+
+async def test_an_old_view_is_not_served_once_the_ukey_has_seen_more(tmp_path: Path, kmc: FakeKmc) -> None:
+    """The KMC tells the VCM nothing of a signing out; the next lease does."""
+    async with vcm_of(kmc, tmp_path, heartbeat_s=0.05) as vcm:
+        await serving(vcm)
+        async with vcm.caller() as client:
+            await client.call("GET", "/v1/authorise")
+            vcm.consumer.keep("billing", vcm.consumer.statement("billing", bytes(32), (), revoked=True))
+            async with asyncio.timeout(5):
+                with pytest.raises(ApplicationRevoked):
+                    while True:
+                        await client.call("GET", "/v1/authorise")
+
+
+async def test_a_log_without_what_the_ukey_saw_ends_service(tmp_path: Path, kmc: FakeKmc) -> None:
+    async with vcm_of(kmc, tmp_path, heartbeat_s=0.05) as vcm:
+        await serving(vcm)
+        vcm.consumer.remembered = Seen(EPOCH, len(vcm.consumer.log) + 1, b"x" * 32)
+        assert (await vcm.ending()).code == "escrow-rolled-back"
+
+
+async def test_another_history_than_the_ukey_saw_ends_service(tmp_path: Path, kmc: FakeKmc) -> None:
+    async with vcm_of(kmc, tmp_path, heartbeat_s=0.05) as vcm:
+        await serving(vcm)
+        vcm.consumer.remembered = Seen(EPOCH, 0, b"x" * 32)
+        assert (await vcm.ending()).code == "escrow-rolled-back"
 
 
 async def test_an_escrow_that_was_set_back_does_not_serve(tmp_path: Path, kmc: FakeKmc) -> None:
