@@ -55,15 +55,21 @@ class Grants:
             raise NotPermitted(f"{identity.id} may not {right}")
 
     async def _statement(self, name: ApplicationName, public_key_sha256: bytes) -> ApplicationStatement:
-        kept = self._escrow.statements.get(name)
-        known = self._checked.get(name)
-        if kept is not None and known is not None and known[0] == kept and known[1].public_key_sha256 == public_key_sha256:
-            return known[1]
-        if kept is None or (known is not None and known[0] == kept):
-            await self._escrow.refresh()  # it may have been signed in, or anew, a moment ago
-            kept = self._escrow.statements.get(name)
-        if kept is None:
+        """The newest statement on ``name``; looked for once more when it does not fit, as it may have been signed a moment ago."""
+        statement = await self._verified(name)
+        if statement is None or statement.public_key_sha256 != public_key_sha256:
+            await self._escrow.refresh()
+            statement = await self._verified(name)
+        if statement is None:
             raise ApplicationUnknown(f"the consumer has not signed {name} in")
+        return statement
+
+    async def _verified(self, name: ApplicationName) -> ApplicationStatement | None:
+        kept, known = self._escrow.statements.get(name), self._checked.get(name)
+        if kept is None:
+            return None
+        if known is not None and known[0] == kept:
+            return known[1]
         done = await self._card.submit(Operation.VERIFY_STATEMENT, parameters=codec.encode(kept.statement))
         statement = codec.decode(done.data, ApplicationStatement, what="an application's statement")
         if kept.statement.kind != ApplicationStatement.KIND or statement.name != name or statement.consumer != self._consumer:
