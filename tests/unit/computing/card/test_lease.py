@@ -1,5 +1,6 @@
 """The lease: no operation is accepted after nonce time + duration, whatever arrives in whatever order."""
 
+import time
 from dataclasses import dataclass
 
 import msgspec
@@ -161,6 +162,20 @@ def test_the_clock_is_the_hosts_boot_time() -> None:
 
 
 # -- in the virtual function -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jump", [-10 * 365 * 86400.0, -3600.0, 3600.0, 10 * 365 * 86400.0])
+def test_the_wall_clock_may_jump(monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
+    lease = Lease(ALICE.name, CARD, VCM)
+    first = ALICE.lease(lease.nonce(), 60_000)
+    wall = time.time
+    monkeypatch.setattr(time, "time", lambda: wall() + jump)
+    state = lease.accept(first, ukey_keys=(ALICE.spki,), kmc_key=KMC_SPKI)
+    assert 59 < state.remaining_s <= 60
+    lease.check()
+    monkeypatch.setattr(time, "time", lambda: wall() - jump)
+    lease.check()
+    assert 59 < lease.accept(ALICE.lease(lease.nonce(), 60_000), ukey_keys=(ALICE.spki,), kmc_key=KMC_SPKI).remaining_s <= 60
 
 
 def test_a_card_without_a_lease_does_nothing_with_keys() -> None:
