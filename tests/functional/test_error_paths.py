@@ -215,3 +215,21 @@ def test_down_twice(tmp_path: Path) -> None:
     cloud.up()
     assert command("down", "--state", cloud.cloud.state, "--json").document["stopped"] >= 5
     assert command("down", "--state", cloud.cloud.state, "--json").document["stopped"] == 0
+
+
+def test_a_typed_passphrase_is_on_no_disk_and_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cloud = TestCloud(tmp_path, machines=1)
+    up = ("up", "--detach", "--machines", 1, "--ask-passphrase", "--state", cloud.cloud.state, "--json")
+    typed = ["correct horse", "correct horse", "battery staple", "correct horse"]
+    monkeypatch.setattr("getpass.getpass", lambda *_: typed.pop(0))
+    try:
+        assert command(*up).status == 0
+        assert not (cloud.cloud.state / "hsm" / "passphrase").exists()
+        assert not [p for p in cloud.cloud.state.rglob("*") if p.is_file() and b"correct horse" in p.read_bytes()]
+        cloud.down()
+        failed(command("up", "--detach", "--state", cloud.cloud.state, "--json"), "passphrase-wrong")
+        failed(command(*up), "passphrase-wrong")
+        assert command(*up).status == 0
+        assert typed == []
+    finally:
+        cloud.down()

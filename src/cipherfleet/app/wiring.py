@@ -40,6 +40,7 @@ from cipherfleet.contract.errors import (
     KmcUnavailable,
     ManagementUnavailable,
     NotRunning,
+    PassphraseWrong,
     StateNewer,
     StateNotWritable,
     TimedOut,
@@ -75,6 +76,7 @@ class CloudRecord(msgspec.Struct, frozen=True):
     machines: int
     settings: Settings = Settings()
     passphrase_file: str = ""
+    passphrase_asked: bool = False  # it is on no disk: whoever starts the HSM types it
 
 
 class CloudStatus(msgspec.Struct, frozen=True):
@@ -155,14 +157,18 @@ class Cloud:
         machines: int | None = None,
         isolation: str | None = None,
         passphrase_file: Path | None = None,
+        passphrase: str = "",
         settings: Settings | None = None,
         progress: Progress = lambda _: None,
     ) -> None:
-        """Start what does not run. Raises what hindered it; processes that already ran stay."""
+        """Start what does not run. Raises what hindered it; processes that already ran stay.
+
+        ``passphrase``: the HSM's, typed; from then on it must be given whenever the HSM has to be started.
+        """
         with self._writable(), self._lock():
-            record = self._settle(machines, isolation, passphrase_file, settings)
+            record = self._settle(machines, isolation, passphrase_file, settings, asked=bool(passphrase))
             async for _ in _until(STARTUP_S, "the cloud to be ready"):
-                await self._start_missing(record, progress)
+                await self._start_missing(record, passphrase, progress)
                 if (await self.status()).ready:  # what was just being killed shows only now
                     return
 
@@ -207,7 +213,9 @@ class Cloud:
 
     # -- starting ------------------------------------------------------------------------------------------------------
 
-    def _settle(self, machines: int | None, isolation: str | None, passphrase_file: Path | None, settings: Settings | None) -> CloudRecord:
+    def _settle(
+        self, machines: int | None, isolation: str | None, passphrase_file: Path | None, settings: Settings | None, *, asked: bool
+    ) -> CloudRecord:
         """The record of this cloud: made at the first ``up``, later only the number of machines may grow."""
         path = self.state / "cloud.json"
         if not path.exists():
@@ -220,6 +228,7 @@ class Cloud:
                 machines or 2,
                 settings or Settings(),
                 str(passphrase_file.absolute()) if passphrase_file else "",
+                asked,
             )
         else:
             record = self.record
@@ -227,7 +236,9 @@ class Cloud:
                 raise Exists(f"this cloud was made with --isolation {record.isolation}", "use another --state")
             if machines is not None and machines < record.machines:
                 raise Conflict(f"this cloud has {record.machines} machines", "machines can be added, not removed")
-            record = msgspec.structs.replace(record, machines=machines or record.machines)
+            record = msgspec.structs.replace(
+                record, machines=machines or record.machines, passphrase_asked=record.passphrase_asked or asked
+            )
             if passphrase_file is not None:
                 record = msgspec.structs.replace(record, passphrase_file=str(passphrase_file.absolute()))
         write_private(path, codec.encode(record))
@@ -235,6 +246,8 @@ class Cloud:
 
     def _passphrase(self, record: CloudRecord) -> str:
         """The operator's file, or one made here: good for trying out, the docs say what to do for real."""
+        if record.passphrase_asked:
+            raise PassphraseWrong("the HSM has to be started, and its passphrase is on no disk", "cipherfleet up --ask-passphrase")
         if record.passphrase_file:
             return _read_secret(Path(record.passphrase_file), "the HSM's passphrase")
         return self._hsm_secret("passphrase")
@@ -246,14 +259,13 @@ class Cloud:
             write_private(path, secrets.token_urlsafe(32).encode())
         return _read_secret(path, f"the HSM's {name}")
 
-    async def _start_missing(self, record: CloudRecord, progress: Progress) -> None:
+    async def _start_missing(self, record: CloudRecord, passphrase: str, progress: Progress) -> None:
         """One look at what runs, in the order in which each needs the one before."""
         alive = {(p.role, p.id) for p in self.processes()}
         if ("hsm", "hsm") not in alive:
             progress("HSM")
-            config = HsmConfig(
-                str(self._folder("hsm")), str(self._hsm_socket), self._passphrase(record), self._hsm_secret("pin"), record.settings
-            )
+            secret = passphrase or self._passphrase(record)
+            config = HsmConfig(str(self._folder("hsm")), str(self._hsm_socket), secret, self._hsm_secret("pin"), record.settings)
             await self._start("hsm", "hsm", config)
         if ("kmc", "kmc") not in alive or not self._credentials("operator").is_dir():
             progress("key management center")

@@ -29,24 +29,27 @@ def up(
     passphrase_file: Annotated[
         Path | None, typer.Option(help="File with the HSM's passphrase (default: one is made inside the state folder).")
     ] = None,
+    ask_passphrase: Annotated[bool, typer.Option("--ask-passphrase", help="Type the HSM's passphrase; it is stored nowhere.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Return once everything runs.")] = False,
     json: Json = False,
 ) -> None:
     """Start a whole crypto cloud on this machine; what runs already is left alone."""
     cloud = Cloud(state)
+    first = not (cloud.state / "cloud.json").exists()
+    passphrase = typer.prompt("HSM passphrase", hide_input=True, confirmation_prompt=first, err=True) if ask_passphrase else ""
 
     async def start() -> CloudStatus:
         with output.working("starting", quiet=json) as say:
-            await cloud.up(machines=machines, isolation=isolation, passphrase_file=passphrase_file, progress=say)
+            await cloud.up(machines=machines, isolation=isolation, passphrase_file=passphrase_file, passphrase=passphrase, progress=say)
         return await cloud.status()
 
     status = run(start())
     show(status, as_json=json)
     if not detach:
-        run(_watch(cloud, quiet=json))
+        run(_watch(cloud, passphrase, quiet=json))
 
 
-async def _watch(cloud: Cloud, *, quiet: bool) -> None:
+async def _watch(cloud: Cloud, passphrase: str, *, quiet: bool) -> None:
     """In the foreground: restart what dies, until Ctrl-C; then everything ends."""
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -58,7 +61,7 @@ async def _watch(cloud: Cloud, *, quiet: bool) -> None:
             await asyncio.wait_for(stop.wait(), 1.0)
         except TimeoutError:
             try:
-                await cloud.up()
+                await cloud.up(passphrase=passphrase)
             except CipherfleetError as exc:
                 output.failure(exc, as_json=False)
     await cloud.down()
