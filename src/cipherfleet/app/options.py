@@ -9,7 +9,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from cipherfleet.app.wiring import Cloud, default_state
+from cipherfleet.app.record import default_state
+from cipherfleet.app.wiring import Cloud
 from cipherfleet.contract.errors import FileProblem, PinWrong
 
 T = TypeVar("T")

@@ -7,12 +7,9 @@ so it is also the way back after any process was killed.
 import asyncio
 import errno
 import fcntl
-import ipaddress
 import os
-import random
 import secrets
 import signal
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,6 +21,7 @@ import msgspec
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from cipherfleet.app.record import PORT, STATE_VERSION, CloudRecord, free_network, read_record_of
 from cipherfleet.channel import codec
 from cipherfleet.channel.certificates import Credentials, key_to_pem, make_request, new_key
 from cipherfleet.channel.client import Caller
@@ -41,7 +39,6 @@ from cipherfleet.contract.errors import (
     ManagementUnavailable,
     NotRunning,
     PassphraseWrong,
-    StateNewer,
     StateNotWritable,
     TimedOut,
 )
@@ -58,8 +55,6 @@ from cipherfleet.state.files import write_private
 from cipherfleet.terminal.process import TerminalConfig
 from cipherfleet.terminal.ukey import read_record
 
-STATE_VERSION = 1
-PORT = 7443
 STARTUP_S = 40.0
 SHUTDOWN_S = 5.0
 _ORDER = ("terminal", "vcm", "management", "machine", "card", "kmc", "hsm")
@@ -67,29 +62,11 @@ _ORDER = ("terminal", "vcm", "management", "machine", "card", "kmc", "hsm")
 Progress = Callable[[str], None]
 
 
-class CloudRecord(msgspec.Struct, frozen=True):
-    """``cloud.json``: what a cloud is. ``network`` is the second octet of all its addresses."""
-
-    version: int
-    network: int
-    isolation: str
-    machines: int
-    settings: Settings = Settings()
-    passphrase_file: str = ""
-    passphrase_asked: bool = False  # it is on no disk: whoever starts the HSM types it
-
-
 class CloudStatus(msgspec.Struct, frozen=True):
     state: str
     ready: bool
     processes: tuple[ProcessEntry, ...]
     platform: PlatformStatus | None
-
-
-def default_state() -> Path:
-    """``$CIPHERFLEET_STATE``, else ``~/.local/state/cipherfleet``."""
-    configured = os.environ.get("CIPHERFLEET_STATE")
-    return Path(configured) if configured else Path.home() / ".local" / "state" / "cipherfleet"
 
 
 class Cloud:
@@ -104,17 +81,7 @@ class Cloud:
     @property
     def record(self) -> CloudRecord:
         """Raises ``NotRunning`` when there is no cloud here, ``StateNewer`` when it is not ours to read."""
-        path = self.state / "cloud.json"
-        try:
-            raw = path.read_bytes()
-        except FileNotFoundError as exc:
-            raise NotRunning(f"there is no cloud in {self.state}") from exc
-        except OSError as exc:
-            raise FileProblem(f"cannot read {path}: {exc.strerror}") from exc
-        version = codec.decode(raw, dict[str, object], what=str(path)).get("version")
-        if not isinstance(version, int) or version > STATE_VERSION:
-            raise StateNewer(f"{self.state} has version {version}, this program knows {STATE_VERSION}")
-        return codec.decode(raw, CloudRecord, what=str(path))
+        return read_record_of(self.state)
 
     @property
     def kmc_url(self) -> str:
@@ -223,7 +190,7 @@ class Cloud:
                 raise IsolationUnavailable("--isolation domain needs root", "use --isolation process, which needs none")
             record = CloudRecord(
                 STATE_VERSION,
-                _free_network(),
+                free_network(),
                 isolation or "process",
                 machines or 2,
                 settings or Settings(),
@@ -406,17 +373,6 @@ def _load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise FileProblem("the operator's key is not an EC key")
     return key
-
-
-def _free_network() -> int:
-    """A network number none of whose platform addresses is in use."""
-    numbers = list(range(16, 255))
-    random.SystemRandom().shuffle(numbers)
-    for number in numbers:
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind((str(ipaddress.IPv4Address(f"127.{number}.0.1")), PORT))
-            return number
-    raise FileProblem("every network number of this machine is in use")
 
 
 async def _until(seconds: float, what: str) -> AsyncIterator[None]:
