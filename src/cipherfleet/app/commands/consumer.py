@@ -3,6 +3,7 @@
 import asyncio
 import signal
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from cipherfleet.contract.errors import Malformed
 from cipherfleet.contract.ids import ConsumerId, is_slug
 from cipherfleet.contract.kmc_api import ConsumerList
 from cipherfleet.terminal.enrol import EnrolResult, enrol
+from cipherfleet.terminal.insertion import Event
 from cipherfleet.terminal.process import main as terminal_main
 
 app = typer.Typer(help="Consumers: enroll, list, revoke.", no_args_is_help=True)
@@ -122,12 +124,17 @@ def terminal(
         return
     if not json:
         output.errors.print("pull the Ukey (rename or remove its folder) or press Ctrl-C to turn the service off")
-    run(_hold(cloud, Path(ukey), pin, on))
+    run(_hold(cloud, Path(ukey), pin, on, quiet=json))
 
 
-async def _hold(cloud: Cloud, ukey: Path, pin: str, on: Callable[[bytes], None]) -> None:
-    """The agent in this process, until Ctrl-C."""
+async def _hold(cloud: Cloud, ukey: Path, pin: str, on: Callable[[bytes], None], *, quiet: bool) -> None:
+    """The agent in this process, until Ctrl-C; it says each step as it happens."""
+
+    def say(event: Event) -> None:
+        if not quiet:
+            output.errors.print(f"[dim]{datetime.fromtimestamp(event.at):%H:%M:%S}[/] {event.step} {event.vcm} {event.detail}".rstrip())
+
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await terminal_main(cloud.terminal_config(ukey, pin), lambda info: on(msgspec.json.encode(info)), stop)
+    await terminal_main(cloud.terminal_config(ukey, pin), lambda info: on(msgspec.json.encode(info)), stop, progress=say)
