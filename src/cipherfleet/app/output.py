@@ -14,7 +14,7 @@ from rich.table import Table
 from cipherfleet.contract.errors import CipherfleetError
 
 screen = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-errors = Console(stderr=True, highlight=False)
+errors = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
 
 
 def document(value: object) -> None:
