@@ -29,17 +29,13 @@ def _remember_json(value: bool) -> bool:
     return value
 
 
-def _state(value: Path | None) -> Path:
-    return value or default_state()
-
-
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.", callback=_remember_json, is_eager=True)]
 State = Annotated[
     Path,
     typer.Option(
         "--state",
         help="The cloud's folder (default: $CIPHERFLEET_STATE, else ~/.local/state/cipherfleet).",
-        callback=_state,
+        default_factory=default_state,
         show_default=False,
     ),
 ]
@@ -83,3 +79,11 @@ def read_pin(file: Path | None, *, confirm: bool = False) -> str:
         raise FileProblem(f"cannot read the PIN from {file}: {os.strerror(exc.errno or 0)}") from exc
     except UnicodeDecodeError as exc:
         raise PinWrong(f"the PIN in {file} is not text") from exc
+
+
+def read_file(path: Path) -> bytes:
+    """A small input file, whole. Raises ``FileProblem``."""
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise FileProblem(f"cannot read {path}: {exc.strerror}") from exc

@@ -9,7 +9,7 @@ import msgspec
 import typer
 
 from cipherfleet.app import output
-from cipherfleet.app.options import Json, PinFile, State, UkeyFolder, read_pin, run
+from cipherfleet.app.options import Json, PinFile, State, UkeyFolder, read_file, read_pin, run
 from cipherfleet.app.wiring import Cloud
 from cipherfleet.contract.errors import ApplicationUnknown, FileProblem, IsolationUnavailable, Malformed
 from cipherfleet.contract.ids import ApplicationName, is_slug
@@ -42,7 +42,7 @@ def add(
     """Sign an application in with the Ukey and write its profile: endpoints, trust, certificate, key."""
     if not is_slug(name):
         raise Malformed(f"{name!r} cannot name an application", "use 1 to 32 of a-z, 0-9 and dash")
-    request = _read(csr) if csr else None
+    request = read_file(csr) if csr else None
     rights = _rights(allow)
     pin = read_pin(pin_file)
 
@@ -63,7 +63,7 @@ def add(
 
 
 @app.command("list")
-def list_(state: State = None, json: Json = False) -> None:  # type: ignore[assignment]
+def list_(state: State, json: Json = False) -> None:
     """All applications of all consumers."""
     entries = run(_entries(Cloud(state)))
     if json:
@@ -76,7 +76,7 @@ def list_(state: State = None, json: Json = False) -> None:  # type: ignore[assi
 @app.command()
 def revoke(
     name: NameArgument,
-    state: State = None,  # type: ignore[assignment]
+    state: State,
     consumer: ConsumerOption = None,
     ukey: Annotated[Path | None, typer.Option("--ukey", help="The consumer's Ukey, to sign the application out with.")] = None,
     pin_file: PinFile = None,
@@ -110,7 +110,7 @@ def revoke(
 def exec_(
     context: typer.Context,
     name: NameArgument,
-    state: State = None,  # type: ignore[assignment]
+    state: State,
     consumer: ConsumerOption = None,
 ) -> None:
     """Run a command inside the application's security domain (cloud with --isolation domain, as root)."""
@@ -154,10 +154,3 @@ def _rights(text: str) -> tuple[Right, ...]:
         return tuple(Right(part.strip()) for part in text.split(","))
     except ValueError as exc:
         raise Malformed(f"{text!r} names a right that does not exist", f"rights are: {', '.join(Right)}") from exc
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as exc:
-        raise FileProblem(f"cannot read {path}: {exc.strerror}") from exc

@@ -18,7 +18,7 @@ ConsumerOption = Annotated[str, typer.Option(help="Only this consumer's (default
 
 
 @app.command()
-def show(state: State = None, consumer: ConsumerOption = "", json: Json = False) -> None:  # type: ignore[assignment]
+def show(state: State, consumer: ConsumerOption = "", json: Json = False) -> None:
     """What happened: identities, tokens, keys, applications, revocations."""
     entries = run(_entries(Cloud(state), consumer, "/v1/audit")).entries
     if json:
@@ -32,7 +32,7 @@ def show(state: State = None, consumer: ConsumerOption = "", json: Json = False)
 
 
 @app.command()
-def verify(state: State = None, consumer: ConsumerOption = "", json: Json = False) -> None:  # type: ignore[assignment]
+def verify(state: State, consumer: ConsumerOption = "", json: Json = False) -> None:
     """Check the chain of digests; exit 1 when a line was changed, removed or reordered."""
     log = run(_entries(Cloud(state), consumer, "/v1/audit/verify"))
     if json:

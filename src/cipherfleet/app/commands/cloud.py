@@ -21,7 +21,7 @@ class IsolationMode(StrEnum):
 
 
 def up(
-    state: State = None,  # type: ignore[assignment]
+    state: State,
     machines: Annotated[int | None, typer.Option(min=1, max=250, help="How many cipher machines (default 2).", show_default=False)] = None,
     isolation: Annotated[
         IsolationMode | None, typer.Option(help="process: no root needed (default); domain: real subnets, needs root.", show_default=False)
@@ -67,7 +67,7 @@ async def _watch(cloud: Cloud, passphrase: str, *, quiet: bool) -> None:
     await cloud.down()
 
 
-def down(state: State = None, json: Json = False) -> None:  # type: ignore[assignment]
+def down(state: State, json: Json = False) -> None:
     """Stop every process of the cloud; its state stays."""
     cloud = Cloud(state)
     stopped = run(cloud.down())
@@ -77,7 +77,7 @@ def down(state: State = None, json: Json = False) -> None:  # type: ignore[assig
         output.screen.print(f"stopped {stopped} processes")
 
 
-def status(state: State = None, json: Json = False) -> None:  # type: ignore[assignment]
+def status(state: State, json: Json = False) -> None:
     """What runs, and for whom."""
     cloud = Cloud(state)
     found = run(cloud.status())

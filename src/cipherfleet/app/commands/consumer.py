@@ -27,8 +27,8 @@ app = typer.Typer(help="Consumers: enroll, list, revoke.", no_args_is_help=True)
 def enroll(
     name: Annotated[str, typer.Argument(help="The consumer's name: a-z, 0-9, dash; at most 32.")],
     ukey: UkeyFolder,
+    state: State,
     pin_file: PinFile = None,
-    state: State = None,  # type: ignore[assignment]
     json: Json = False,
 ) -> None:
     """Enrol a consumer and write its Ukey."""
@@ -60,7 +60,7 @@ def enroll(
 
 
 @app.command("list")
-def list_(state: State = None, json: Json = False) -> None:  # type: ignore[assignment]
+def list_(state: State, json: Json = False) -> None:
     """All consumers."""
 
     async def ask() -> ConsumerList:
@@ -78,7 +78,7 @@ def list_(state: State = None, json: Json = False) -> None:  # type: ignore[assi
 @app.command()
 def revoke(
     name: Annotated[str, typer.Argument(help="The consumer whose Ukey was stolen or lost.")],
-    state: State = None,  # type: ignore[assignment]
+    state: State,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     json: Json = False,
 ) -> None:
@@ -101,8 +101,8 @@ def revoke(
 
 def terminal(
     ukey: UkeyFolder,
+    state: State,
     pin_file: PinFile = None,
-    state: State = None,  # type: ignore[assignment]
     detach: Annotated[bool, typer.Option("--detach", help="Return once the service is on.")] = False,
     json: Json = False,
 ) -> None:

@@ -13,7 +13,7 @@ import typer
 from cipherfleet import Client
 from cipherfleet.app import output
 from cipherfleet.app.commands.key import ask
-from cipherfleet.app.options import Json, ProfileFile, run
+from cipherfleet.app.options import Json, ProfileFile, read_file, run
 from cipherfleet.contract.errors import FileProblem
 
 Key = Annotated[str, typer.Option("--key", help="The key's id.")]
@@ -55,7 +55,7 @@ def sign(profile: ProfileFile, key: Key, source: In = None, out: Out = None, jso
 
 def verify(profile: ProfileFile, key: Key, signature: SignatureFile, source: In = None, json: Json = False) -> None:
     """Check a signature; exit 1 when it is bad."""
-    value = _read(signature)
+    value = read_file(signature)
     with _opened(source) as data:
         ask(profile, lambda client: client.verify(key, data, value))
     if json:
@@ -168,10 +168,3 @@ def _target(out: Path | None, as_json: bool) -> Any:
 
 def _size(source: Path | None) -> int | None:
     return source.stat().st_size if source is not None else None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as exc:
-        raise FileProblem(f"cannot read {path}: {exc.strerror}") from exc

@@ -19,7 +19,7 @@ VcmArgument = Annotated[str, typer.Argument(metavar="ID", help="The VCM's id.")]
 
 @app.command("list")
 def list_(
-    state: State = None,  # type: ignore[assignment]
+    state: State,
     everything: Annotated[bool, typer.Option("--all", help="Deleted ones too.")] = False,
     json: Json = False,
 ) -> None:
@@ -40,7 +40,7 @@ def list_(
 @app.command()
 def show(
     vcm: VcmArgument,
-    state: State = None,  # type: ignore[assignment]
+    state: State,
     trace: Annotated[bool, typer.Option("--trace", help="The steps of its creation and deletion.")] = False,
     json: Json = False,
 ) -> None:
@@ -50,7 +50,7 @@ def show(
 
 @app.command()
 def create(
-    state: State = None,  # type: ignore[assignment]
+    state: State,
     consumer: Annotated[str | None, typer.Option(help="For whom (default: the only consumer there is).")] = None,
     machine: Annotated[str | None, typer.Option(help="Where (default: the least loaded machine).")] = None,
     json: Json = False,
@@ -76,7 +76,7 @@ def create(
 @app.command()
 def delete(
     vcm: VcmArgument,
-    state: State = None,  # type: ignore[assignment]
+    state: State,
     force: Annotated[bool, typer.Option("--force", help="Without the Ukey, by the operator; audited as such.")] = False,
     json: Json = False,
 ) -> None:
@@ -89,7 +89,7 @@ def delete(
 @app.command()
 def migrate(
     vcm: VcmArgument,
-    state: State = None,  # type: ignore[assignment]
+    state: State,
     to: Annotated[str | None, typer.Option(help="The machine to go to (default: the least loaded other one).")] = None,
     json: Json = False,
 ) -> None:
