@@ -132,6 +132,18 @@ async def test_an_iteration_that_is_left_ends_the_stream(stage: Stage, plain: Sy
     await aborted.wait()
 
 
+async def test_close_waits_for_connections_that_were_left_half_read(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    def work() -> None:
+        with SyncClient(stage.profile()) as client:
+            key = client.create_key("AES-256-GCM")
+        for _ in range(10):
+            with SyncClient(stage.profile()) as client:
+                next(iter(client.encrypt_stream(key.id, bytes(8 * MIB))))
+
+    await aside(work)
+    assert not caplog.records  # a loop that is closed under a connection says so here, or raises
+
+
 async def test_the_thread_starts_with_open_and_ends_with_close(stage: Stage) -> None:
     def work() -> None:
         before = threading.active_count()

@@ -68,17 +68,40 @@ class VcmConnector(aiohttp.TCPConnector):
     def __init__(self, context: ssl.SSLContext, consumer: ConsumerId, not_after: float) -> None:
         super().__init__(ssl=context, limit=0, keepalive_timeout=KEEP_S)
         self._consumer, self._not_after = consumer, not_after
+        self._made: dict[ResponseHandler, asyncio.Transport] = {}
+
+    async def close(self, *, abort_ssl: bool = False) -> None:
+        """Returns when every connection has ended, also those that were given back half-read and would still say goodbye:
+        the loop may be closed right after."""
+        ends = [protocol.closed for protocol in self._made]
+        await super().close(abort_ssl=abort_ssl)
+        for transport in self._made.values():
+            transport.abort()
+        await asyncio.gather(*(end for end in ends if end is not None), return_exceptions=True)
 
     async def _create_connection(self, req: Any, traces: Any, timeout: Any) -> ResponseHandler:
         if self._not_after < time.time():
             raise CertificateExpired("the application's own certificate has expired", _EXPIRED_HINT)
         protocol = await super()._create_connection(req, traces, timeout)
+        self._remember(protocol)
         try:
             self._check(protocol)
         except BaseException:
             protocol.abort()
             raise
         return protocol
+
+    def _remember(self, protocol: ResponseHandler) -> None:
+        transport, closed = protocol.transport, protocol.closed
+        if transport is None or closed is None:  # it has ended already
+            return
+        self._made[protocol] = transport
+
+        def forget(end: asyncio.Future[None]) -> None:
+            end.cancelled() or end.exception()  # looked at: why it ended, its request was told
+            del self._made[protocol]
+
+        closed.add_done_callback(forget)
 
     def _check(self, protocol: ResponseHandler) -> None:
         tls_object = protocol.transport.get_extra_info("ssl_object") if protocol.transport is not None else None
