@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import PIN, QUICK, Consumer, Result, TestCloud, command
+from tests.support import PIN, QUICK, Consumer, Result, TestCloud, command, profile_file
 
 
 def failed(result: Result, code: str) -> None:
@@ -40,6 +40,15 @@ def test_a_wrong_pin(shared_cloud: TestCloud, consumer: Consumer, tmp_path: Path
         "pin-wrong",
     )
     assert not (tmp_path / "p").exists()
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(plugged: Consumer, tmp_path: Path) -> None:
+    profile = profile_file(plugged.sign_in(), tmp_path)
+    result = command("encrypt", "--key", "0" * 32, "--in", tmp_path / "[/red]", "--profile", profile)
+    assert result.status == 1
+    assert "[/red]" in result.stderr
+    command("key", "create", "--label", "[bold]mine[/no]", "--profile", profile)
+    assert "[bold]mine[/no]" in command("key", "list", "--profile", profile).stdout
 
 
 def test_no_ukey(shared_cloud: TestCloud, pin: Path, tmp_path: Path) -> None:

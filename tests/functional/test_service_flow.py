@@ -112,6 +112,25 @@ def test_openssl_accepts_our_signatures(plugged: Consumer, tmp_path: Path, algor
     assert (refused.status, refused.document["error"]["code"]) == (1, "signature-invalid")
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_a_key_made_by_openssl_is_imported(plugged: Consumer, tmp_path: Path) -> None:
+    profile = profile_file(plugged.sign_in(), tmp_path)
+    private, public, message = tmp_path / "private.pem", tmp_path / "public.pem", tmp_path / "message"
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", private], check=True)
+    subprocess.run(["openssl", "pkey", "-in", private, "-pubout", "-out", public], check=True)
+    message.write_bytes(b"signed with a key from outside")
+    key = command("key", "import", "Ed25519", "--in", private, "--label", "mine", "--profile", profile, "--json").document
+    assert key["imported"]
+    assert command("sign", "--key", key["id"], "--in", message, "--out", tmp_path / "s", "--profile", profile).status == 0
+    pkeyutl: list[str | Path] = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", public, "-rawin"]
+    check = [*pkeyutl, "-in", message, "-sigfile", tmp_path / "s"]
+    assert subprocess.run(check, capture_output=True, check=False).returncode == 0
+    refused = command("key", "import", "ECDSA-P-256", "--in", private, "--profile", profile, "--json")
+    assert (refused.status, refused.document["error"]["code"]) == (1, "key-material-invalid")
+    large = command("key", "import", "AES-256-GCM", "--profile", profile, "--json", stdin=bytes(70_000))
+    assert (large.status, large.document["error"]["code"]) == (1, "too-large")
+
+
 def test_digests_macs_and_random(plugged: Consumer) -> None:
     data = b"abc" * 100_000
     with plugged.client() as client:

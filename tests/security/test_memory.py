@@ -17,12 +17,15 @@ def test_keys_are_in_the_cards_memory_alone(own_cloud: TestCloud) -> None:
         for _ in range(3):
             key = client.create_key("AES-256-GCM")
             assert client.decrypt(client.encrypt(key.id, b"used")) == b"used"
+        planted = os.urandom(32)
+        mine = client.import_key("AES-256-GCM", planted)
+        assert client.decrypt(client.encrypt(mine.id, b"used")) == b"used"
         chain = key_chain(own_cloud, consumer)
-        secrets = chain.secrets()
-        assert len(chain.deks) == 3
+        secrets = {**chain.secrets(), "planted key": planted}
+        assert len(chain.deks) == 4
         machine = str(own_cloud.vcm(vcm).vcm.machine)
         [serving] = [p for p in own_cloud.processes("card") if machine in p.id]
-        assert in_memory(serving.pid, secrets) >= {"wrapping key", *(f"DEK {k}" for k in chain.deks)}, "positive control"
+        assert in_memory(serving.pid, secrets) >= {"wrapping key", "planted key", *(f"DEK {k}" for k in chain.deks)}, "positive control"
         for process in own_cloud.processes():
             if process.pid == serving.pid:
                 continue

@@ -11,11 +11,12 @@ import typer
 
 from cipherfleet.app.record import default_state
 from cipherfleet.app.wiring import Cloud
-from cipherfleet.contract.errors import FileProblem, PinWrong
+from cipherfleet.contract.errors import FileProblem, PinWrong, TooLarge
 
 T = TypeVar("T")
 
 PIN_BYTES = 4 * 64 + 2
+SMALL_BYTES = 64 * 1024
 
 
 class Wish:
@@ -43,6 +44,7 @@ ProfileFile = Annotated[
     Path, typer.Option("--profile", envvar="CIPHERFLEET_PROFILE", help="The application's profile, from `cipherfleet app add`.")
 ]
 UkeyFolder = Annotated[Path, typer.Option("--ukey", help="The Ukey: a folder that stands for the USB key.")]
+In = Annotated[Path | None, typer.Option("--in", help="Input file (default: standard input).", show_default=False)]
 PinFile = Annotated[
     Path | None,
     typer.Option("--pin-file", help="File whose first line is the PIN ('-': standard input); default: ask.", show_default=False),
@@ -87,3 +89,11 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as exc:
         raise FileProblem(f"cannot read {path}: {exc.strerror}") from exc
+
+
+def read_small(path: Path | None) -> bytes:
+    """A file, or standard input, of at most 64 KiB. Raises ``FileProblem`` or ``TooLarge``."""
+    raw = sys.stdin.buffer.read(SMALL_BYTES + 1) if path is None else read_file(path)
+    if len(raw) > SMALL_BYTES:
+        raise TooLarge(f"{path or 'standard input'} has more than {SMALL_BYTES} bytes")
+    return raw

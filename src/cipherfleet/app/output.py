@@ -4,10 +4,12 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -28,12 +30,12 @@ def failure(error: CipherfleetError, *, as_json: bool) -> None:
     if as_json:
         document(error.to_reply())
     hint = f" ({error.hint})" if error.hint else ""
-    errors.print(f"[bold red]cipherfleet:[/] {error.code}: {error.message}{hint}", soft_wrap=True, markup=True)
+    errors.print(f"[bold red]cipherfleet:[/] {error.code}: {escape(error.message + hint)}", soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table, or a line that says there is nothing."""
-    listed = [[str(cell) for cell in row] for row in rows]
+    listed = [[_cell(value) for value in row] for row in rows]
     if not listed:
         screen.print(f"no {title}")
         return
@@ -43,6 +45,24 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
     for row in listed:
         drawn.add_row(*row)
     screen.print(drawn)
+
+
+def _cell(value: object) -> str:
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case dict():
+            return ", ".join(f"{name.replace('_', ' ')} {_cell(item)}" for name, item in value.items())
+        case list() | tuple():
+            return ", ".join(map(_cell, value))
+        case None:
+            return ""
+    return escape(str(value))
+
+
+def moment(seconds: float) -> str:
+    """A time for people, UTC."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(" ", "seconds").removesuffix("+00:00") + " UTC"
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class Card:
         self.clock = clock
         self.transport = TransportKeys()
         self.operations_before = self.bytes_before = 0  # of functions that are gone
-        self._kmc_signing_key = b""
+        self._certified: CardReply | None = None
         self._functions: dict[VcmId, VirtualFunction] = {}
         self._deliveries = Deliveries()
 
@@ -41,9 +41,9 @@ class Card:
         leaf = check_chain(reply.chain.chain, reply.chain.trust)
         if identity_of(leaf) != Identity(Role.CARD, self.id) or public_key_der(leaf.public_key()) != self.transport.rsa_public_key:
             raise CertificateInvalid("the certificate is for another card")
-        if self._kmc_signing_key not in (b"", reply.kmc_signing_key):
+        if self._certified is not None and self._certified.kmc_signing_key != reply.kmc_signing_key:
             raise Exists("this card is certified by another KMC")
-        self._kmc_signing_key = reply.kmc_signing_key
+        self._certified = reply
 
     @property
     def functions(self) -> Iterable[VirtualFunction]:
@@ -63,7 +63,7 @@ class Card:
         """A new virtual function. Raises ``Exists``."""
         if vcm in self._functions:
             raise Exists(f"{vcm} has a vCC of this card already")
-        function = VirtualFunction(self.id, vcm, consumer, self.transport, lambda: self._kmc_signing_key, self.clock, self._deliveries)
+        function = VirtualFunction(self.id, vcm, consumer, self.transport, lambda: self._certified, self.clock, self._deliveries)
         self._functions[vcm] = function
         return function
 

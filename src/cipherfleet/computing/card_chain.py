@@ -8,9 +8,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cipherfleet.channel import codec
+from cipherfleet.channel.sealing import share_info
 from cipherfleet.computing import engine_wrap
 from cipherfleet.computing.engine_memory import derive, wipe
-from cipherfleet.contract.errors import CmkInvalid, Malformed
+from cipherfleet.contract.errors import CmkInvalid, Malformed, SealedForeign
 from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
 from cipherfleet.contract.statements import SealedShare
 from cipherfleet.contract.vcc import CmkDelivery
@@ -72,7 +73,10 @@ def open_delivery(delivery: CmkDelivery, transport: engine_wrap.TransportKeys, c
 
 
 def _open_share(sealed: bytes, transport: engine_wrap.TransportKeys, consumer: ConsumerId, card: CardId, vcm: VcmId) -> SealedShare:
-    plaintext = transport.open_sealed(sealed, engine_wrap.sealing_info(card, vcm))
+    try:
+        plaintext = transport.open_sealed(sealed, share_info(card, vcm))
+    except SealedForeign as exc:
+        raise CmkInvalid("the Ukey's share of the CMK does not open in this card for this VCM") from exc
     try:
         share = codec.decode(plaintext, SealedShare, what="the sealed share")
     except Malformed as exc:

@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 
 from cipherfleet.channel import codec, signing
+from cipherfleet.channel.sealing import import_info
 from cipherfleet.computing import card_chain, engine, engine_wrap
 from cipherfleet.computing.card_chain import KeyChain
 from cipherfleet.computing.card_lease import Lease, boottime
@@ -27,6 +28,7 @@ from cipherfleet.contract.errors import (
     ForeignConsumer,
     LeaseExpired,
     Malformed,
+    SealedForeign,
     ServiceOff,
     StatementForged,
     TooLarge,
@@ -35,11 +37,14 @@ from cipherfleet.contract.errors import (
 )
 from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, VersionAttributes, decode_attributes
 from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
+from cipherfleet.contract.kmc_api import CardReply
 from cipherfleet.contract.statements import ApplicationStatement, LoginStatement, Signed
 from cipherfleet.contract.vcc import (
     CardDescription,
     CmkDelivery,
     DataKeyRequest,
+    ImportRequest,
+    KeyMaterial,
     Operation,
     RandomRequest,
     RowRequest,
@@ -90,13 +95,13 @@ class VirtualFunction:
         vcm: VcmId,
         consumer: ConsumerId,
         transport: engine_wrap.TransportKeys,
-        kmc_key: Callable[[], bytes],
+        certified: Callable[[], CardReply | None],
         clock: Callable[[], float] = boottime,
         deliveries: card_chain.Deliveries | None = None,
     ) -> None:
         self.card, self.vcm, self.consumer = card, vcm, consumer
         self.operations = self.bytes = 0
-        self._transport, self._kmc_key, self._clock = transport, kmc_key, clock
+        self._transport, self._certified, self._clock = transport, certified, clock
         self._lease = Lease(consumer, card, vcm, clock)
         self._chain: KeyChain | None = None
         self._fingerprint = b""  # of the one CMK that this vCC takes in its life
@@ -112,11 +117,13 @@ class VirtualFunction:
             Operation.LEASE_NONCE: lambda _: Answer(data=self._lease.nonce()),
             Operation.LEASE: self._take_lease,
             Operation.DROP: self._drop,
+            Operation.TRANSPORT: self._show_transport,
         }
         self._under_lease: dict[int, Callable[[Request], Answer | Work]] = {
             Operation.CONFIRM: self._confirm,
             Operation.VERIFY_STATEMENT: self._verify_statement,
             Operation.GENERATE: self._generate,
+            Operation.IMPORT: self._import,
             Operation.LOAD: self._load,
             Operation.UNLOAD: self._unload,
             Operation.SEAL_ATTRIBUTES: self._seal_attributes,
@@ -224,8 +231,7 @@ class VirtualFunction:
 
     def _take_lease(self, request: Request) -> Answer:
         chain = self._require_chain()
-        if not self._kmc_key():
-            raise ServiceOff("this card is not certified yet")
+        self._require_certified()
         signed = _parameters(request, Signed)
         state = self._lease.accept(signed, ukey_keys=chain.ukey_keys, kmc_key=chain.kmc_key)
         return Answer(parameters=codec.encode(state))
@@ -249,6 +255,15 @@ class VirtualFunction:
                 )
             )
         )
+
+    def _require_certified(self) -> CardReply:
+        certified = self._certified()
+        if certified is None:
+            raise ServiceOff("this card is not certified yet")
+        return certified
+
+    def _show_transport(self, _: Request) -> Answer:
+        return Answer(data=self._require_certified().chain.chain)
 
     def _drop(self, _: Request) -> Answer:
         self.drop()
@@ -309,13 +324,33 @@ class VirtualFunction:
 
     def _generate(self, request: Request) -> Answer | Work:
         row = _parameters(request, RowRequest)
+        attributes, chosen = self._wanted(row)
+        work = Work(lambda: engine.generate_material(chosen), self._require_chain(), row, attributes, chosen)
+        return work if engine.is_slow(chosen) else self._keep(work, work.run())
+
+    def _import(self, request: Request) -> Answer | Work:
+        """Key material that an application sealed to this card; the VCM that brings it cannot read it."""
+        row, sealed = msgspec.structs.astuple(_parameters(request, ImportRequest))
+        attributes, chosen = self._wanted(row, imported=True)
+        plaintext = self._transport.open_sealed(sealed, import_info(self.card, self.vcm))
+        try:
+            brought = codec.decode(plaintext, KeyMaterial, what="the sealed key material")
+        finally:
+            wipe(plaintext)
+        if brought.consumer != self.consumer or brought.algorithm != chosen.name:
+            wipe(brought.material)
+            raise SealedForeign("the key material was sealed for another consumer or algorithm")
+        work = Work(lambda: engine.check_material(chosen, brought.material), self._require_chain(), row, attributes, chosen)
+        return work if engine.is_slow(chosen) else self._keep(work, work.run())
+
+    def _wanted(self, row: RowRequest, *, imported: bool = False) -> tuple[VersionAttributes, Algorithm]:
+        """What a new version shall be."""
         self._keys.check_room()
         attributes = _version_attributes(EscrowRow(self.consumer, row.key, row.version, row.attributes, b""))
         chosen = algorithm(attributes.algorithm)
         if chosen.kind is Kind.DIGEST:
             raise WrongKeyType(f"there are no keys of {chosen.name}")
-        work = Work(lambda: engine.generate_material(chosen), self._require_chain(), row, attributes, chosen)
-        return work if engine.is_slow(chosen) else self._keep(work, work.run())
+        return msgspec.structs.replace(attributes, imported=imported), chosen
 
     def _keep(self, work: Work, material: bytearray) -> Answer:
         attributes = msgspec.structs.replace(

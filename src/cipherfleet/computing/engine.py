@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from cipherfleet.computing.engine_memory import Data, wipe
 from cipherfleet.contract.algorithms import Algorithm, Kind, algorithm
-from cipherfleet.contract.errors import Internal, WrongKeyType
+from cipherfleet.contract.errors import Internal, KeyMaterialInvalid, WrongKeyType
 from cipherfleet.contract.ids import KeyId
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
@@ -33,7 +33,7 @@ def digest(name: str) -> hashes.Hash:
 
 
 def is_slow(chosen: Algorithm) -> bool:
-    """Whether making a key takes so long (RSA: a good part of a second) that it belongs into a thread."""
+    """Whether making or checking a key takes so long (RSA: a good part of a second) that it belongs into a thread."""
     return chosen.name == "RSA-3072-PSS"
 
 
@@ -51,6 +51,28 @@ def generate_material(chosen: Algorithm) -> bytearray:
             private = ed25519.Ed25519PrivateKey.generate()
         case _:
             raise WrongKeyType(f"there are no keys of {chosen.name}")
+    return _encode(private)
+
+
+def check_material(chosen: Algorithm, material: bytes) -> bytearray:
+    """Key material from outside, as ``generate_material`` would give it. Wipes ``material``. Raises ``KeyMaterialInvalid``."""
+    try:
+        if chosen.kind is not Kind.SIGNATURE:
+            if len(material) * 8 != chosen.key_bits:
+                raise KeyMaterialInvalid(f"a key of {chosen.name} has {chosen.key_bits // 8} bytes")
+            return bytearray(material)
+        try:
+            private = _of_kind(chosen, serialization.load_der_private_key(material, None))
+        except (ValueError, TypeError, UnsupportedAlgorithm, Internal) as exc:
+            raise KeyMaterialInvalid(f"that is no private key of {chosen.name}", "give PKCS#8, unencrypted") from exc
+        if isinstance(private, rsa.RSAPrivateKey) and private.public_key().public_numbers().e < 65537:
+            raise KeyMaterialInvalid("the RSA key's public exponent is too small", "FIPS 186-5 asks for 65537 or more")
+        return _encode(private)
+    finally:
+        wipe(material)
+
+
+def _encode(private: PrivateKey) -> bytearray:
     return _take(private.private_bytes(serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
 
 
@@ -110,6 +132,10 @@ def _load(chosen: Algorithm, material: Data) -> PrivateKey:
         key = serialization.load_der_private_key(material, None, unsafe_skip_rsa_key_validation=True)
     except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
         raise Internal(f"the key material is no {chosen.name} key") from exc
+    return _of_kind(chosen, key)
+
+
+def _of_kind(chosen: Algorithm, key: object) -> PrivateKey:
     match chosen.name, key:
         case "RSA-3072-PSS", rsa.RSAPrivateKey() if key.key_size == chosen.key_bits:
             return key

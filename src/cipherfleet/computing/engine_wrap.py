@@ -10,20 +10,15 @@ from cryptography.hazmat.primitives import hashes, hpke, serialization
 from cryptography.hazmat.primitives.asymmetric import mlkem, padding, rsa, x25519
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from cipherfleet.channel.sealing import SUITE
 from cipherfleet.computing.engine_memory import derive, wipe
-from cipherfleet.contract.errors import CmkInvalid, EscrowRowForeign, EscrowRowTampered
+from cipherfleet.contract.errors import CmkInvalid, EscrowRowForeign, EscrowRowTampered, SealedForeign
 from cipherfleet.contract.escrow import EscrowRow, associated_data
-from cipherfleet.contract.ids import CardId, ConsumerId, KeyId, VcmId
+from cipherfleet.contract.ids import ConsumerId, KeyId
 
 SHARE_BYTES = 32
 NONCE_BYTES = 12
 OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), None)
-SUITE = hpke.Suite(hpke.KEM.MLKEM768_X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AES_256_GCM)
-
-
-def sealing_info(card: CardId, vcm: VcmId) -> bytes:
-    """HPKE's info: what a sealed share is bound to."""
-    return b"cipherfleet sealed share v1|" + card.encode() + b"|" + vcm.encode()
 
 
 class TransportKeys:
@@ -49,11 +44,11 @@ class TransportKeys:
         return _take(share)
 
     def open_sealed(self, sealed: bytes, info: bytes) -> bytes:
-        """Raises ``CmkInvalid``."""
+        """Raises ``SealedForeign``."""
         try:
             return SUITE.decrypt(sealed, self._hpke, info)
         except (ValueError, InvalidTag) as exc:
-            raise CmkInvalid("the Ukey's share of the CMK does not open in this card for this VCM") from exc
+            raise SealedForeign("what was sealed does not open in this card for this VCM") from exc
 
 
 def _take(share: bytes) -> bytearray:

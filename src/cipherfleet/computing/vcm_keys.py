@@ -25,7 +25,7 @@ from cipherfleet.contract.errors import (
 )
 from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, KeyState, VersionAttributes, decode_attributes, row_digest
 from cipherfleet.contract.ids import KeyId, new_key_id
-from cipherfleet.contract.vcc import Operation, RowRequest, VirtualCryptoCard
+from cipherfleet.contract.vcc import ImportRequest, Operation, RowRequest, VirtualCryptoCard
 from cipherfleet.contract.vcm import KeyUse
 from cipherfleet.contract.vcm_api import KeyDescription
 
@@ -45,6 +45,13 @@ class Keys:
 
     async def create(self, name: str, *, label: str, actor: str) -> KeyDescription:
         """A new key. Raises ``AlgorithmUnknown``, ``WrongKeyType``, ``KmcUnavailable`` or what the card says."""
+        return await self._create(name, None, label, actor, "key-create")
+
+    async def import_key(self, name: str, sealed: bytes, *, label: str, actor: str) -> KeyDescription:
+        """A new key of material that was sealed to this card. Raises as ``create``, ``SealedForeign`` or ``KeyMaterialInvalid``."""
+        return await self._create(name, sealed, label, actor, "key-import")
+
+    async def _create(self, name: str, sealed: bytes | None, label: str, actor: str, event: str) -> KeyDescription:
         self._require_loaded()
         await self._escrow.require()
         chosen = algorithm(name)
@@ -52,7 +59,7 @@ class Keys:
             raise WrongKeyType(f"{chosen.name} is a digest, it has no keys")
         key, now = new_key_id(), time.time()
         attributes = KeyAttributes(chosen.name, KeyState.ENABLED, 1, 1, now, label, actor)
-        await self._write_version(key, attributes, None, now, actor, "key-create")
+        await self._write_version(key, attributes, None, now, actor, event, sealed)
         return await self.describe(key)
 
     async def rotate(self, key: KeyId, *, actor: str) -> KeyDescription:
@@ -152,6 +159,7 @@ class Keys:
             if (key, attributes.current_version) not in self._handles:
                 await self._load(key, attributes.current_version)  # so the card has checked the public key, too
             public_key = _version_attributes(self._escrow.rows[key][attributes.current_version]).public_key
+        current = self._escrow.rows[key].get(attributes.current_version)
         return KeyDescription(
             id=key,
             algorithm=chosen.name,
@@ -163,6 +171,7 @@ class Keys:
             uses=tuple(chosen.uses),
             versions=tuple(sorted(version for version in self._escrow.rows[key] if version > 0)),
             public_key=public_key,
+            imported=current is not None and _version_attributes(current).imported,
         )
 
     # -- the card ------------------------------------------------------------------------------------------------------
@@ -175,12 +184,22 @@ class Keys:
         return codec.decode(done.parameters, EscrowRow)
 
     async def _write_version(
-        self, key: KeyId, attributes: KeyAttributes, replaces: EscrowRow | None, now: float, actor: str, event: str
+        self,
+        key: KeyId,
+        attributes: KeyAttributes,
+        replaces: EscrowRow | None,
+        now: float,
+        actor: str,
+        event: str,
+        imported: bytes | None = None,
     ) -> None:
-        """Make the current version of ``attributes`` in the card, and store it with them."""
+        """Make the current version of ``attributes`` in the card (or open what is ``imported`` there), and store it with them."""
         version = attributes.current_version
         request = RowRequest(key, version, codec.encode(VersionAttributes(attributes.algorithm, now)))
-        made = await self._card.submit(Operation.GENERATE, parameters=codec.encode(request))
+        if imported is None:
+            made = await self._card.submit(Operation.GENERATE, parameters=codec.encode(request))
+        else:
+            made = await self._card.submit(Operation.IMPORT, parameters=codec.encode(ImportRequest(request, imported)))
         try:
             sealed = await self._seal(key, attributes, replaces)
             material = codec.decode(made.parameters, EscrowRow)

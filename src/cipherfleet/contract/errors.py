@@ -120,6 +120,10 @@ class Unsupported(BadInput):
     code = "unsupported"
 
 
+class KeyMaterialInvalid(BadInput):
+    code = "key-material-invalid"
+
+
 class AlgorithmUnknown(BadInput):
     code = "algorithm-unknown"
     default_hint = "see: cipherfleet algorithms"
@@ -344,6 +348,11 @@ class CheckpointForged(Tampered):
 
 class CmkInvalid(Tampered):
     code = "cmk-invalid"
+
+
+class SealedForeign(Tampered):
+    code = "sealed-foreign"
+    default_hint = "it was sealed for another card or VCM: try again"
 
 
 class CardUntrusted(Tampered):

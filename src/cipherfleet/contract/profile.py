@@ -21,6 +21,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rights: tuple[Right, ...]
     not_after: int
     version: int = 1
+    root: str = ""  # the CA that certifies cards, for who brings keys of their own
 
     def __repr__(self) -> str:
         return f"Profile({self.application} of {self.consumer})"

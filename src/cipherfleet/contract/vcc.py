@@ -40,11 +40,13 @@ class Operation(IntEnum):
     VERIFY_ATTRIBUTES = 12  # EscrowRow (version 0) -> nothing, or an error
     RANDOM = 13  # RandomRequest -> data
     DATA_KEY = 14  # handle, DataKeyRequest -> parameters: b""; value: length of ciphertext; data: ciphertext || plaintext
+    TRANSPORT = 15  # -> data: this card's certificate chain, PEM; what is sealed to the key in it opens here alone
     BEGIN = 16  # handle, StreamRequest -> value: stream; data: header when encrypting
     UPDATE = 17  # stream in ``handle``, data -> data (cipher verbs), else nothing
     FINISH = 18  # stream in ``handle``, last data -> data: last output, digest, tag or signature
     ABORT = 19  # stream in ``handle``
     RUN = 20  # handle, StreamRequest, data -> data: everything at once
+    IMPORT = 21  # ImportRequest -> as GENERATE
 
 
 class Verb(StrEnum):
@@ -82,6 +84,21 @@ class RowRequest(msgspec.Struct, frozen=True):
     key: KeyId
     version: int
     attributes: bytes
+
+
+class ImportRequest(msgspec.Struct, frozen=True):
+    """Parameters of IMPORT. ``sealed``: a ``KeyMaterial``, HPKE with ``channel.sealing.import_info``."""
+
+    row: RowRequest
+    sealed: bytes
+
+
+class KeyMaterial(msgspec.Struct, frozen=True):
+    """What an application seals to one card: raw bytes of a symmetric key, PKCS#8 DER of a private one."""
+
+    consumer: ConsumerId
+    algorithm: str
+    material: bytes
 
 
 class RandomRequest(msgspec.Struct, frozen=True):

@@ -27,6 +27,22 @@ class KeyCreateRequest(Message, frozen=True):
     label: str = ""
 
 
+class ImportTarget(Message, frozen=True):
+    """Where key material is to be sealed to: ``chain`` is the card's certificate, PEM, under the root that the profile names."""
+
+    vcm: VcmId
+    card: CardId
+    chain: bytes
+
+
+class KeyImportRequest(Message, frozen=True):
+    """``sealed``: ``contract.vcc.KeyMaterial``, HPKE to the card (``channel.sealing.import_info``)."""
+
+    algorithm: str
+    sealed: bytes
+    label: str = ""
+
+
 class KeyDescription(Message, frozen=True):
     id: KeyId
     algorithm: str
@@ -38,6 +54,7 @@ class KeyDescription(Message, frozen=True):
     uses: tuple[str, ...]
     versions: tuple[int, ...] = ()
     public_key: bytes = b""  # SubjectPublicKeyInfo DER of the current version
+    imported: bool = False  # the current version was not made in a card
 
 
 class KeyListReply(Message, frozen=True):

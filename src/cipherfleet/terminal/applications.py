@@ -75,6 +75,7 @@ async def sign_in(
         key=key_pem.decode(),
         rights=granted,
         not_after=not_after,
+        root=ukey.record.root,
     )
 
 

@@ -2,6 +2,7 @@
 
 import time
 
+from cipherfleet.channel.sealing import check_card
 from cipherfleet.channel.signing import sign
 from cipherfleet.contract.errors import (
     CheckpointForged,
@@ -28,7 +29,6 @@ from cipherfleet.contract.management_api import LoginFailed
 from cipherfleet.contract.statements import LeaseStatement, Signed
 from cipherfleet.terminal.checkpoint import advance, read_checkpoint
 from cipherfleet.terminal.insertion import FINAL, MAX_WAITING, TAKEN_OVER, Insertion, Service
-from cipherfleet.terminal.sealing import check_card
 
 LEASE_NONCE_BYTES = 16
 

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from cipherfleet.channel import codec
 from cipherfleet.channel.certificates import Credentials, key_to_pem
+from cipherfleet.channel.sealing import TrustedCard
 from cipherfleet.channel.signing import LocalSigner, Signer
 from cipherfleet.contract.errors import CipherfleetError, Exists, Malformed, StateNewer, UkeyAbsent, UkeyInvalid
 from cipherfleet.contract.escrow import Seen
@@ -62,7 +63,7 @@ class PublicRecord(msgspec.Struct, frozen=True):
 class UkeyShare(Protocol):
     """The Ukey's share of the CMK: it can be sealed to a card, and a card's knowledge of it be checked. No more."""
 
-    async def seal(self, card: sealing.TrustedCard, vcm: VcmId) -> bytes: ...
+    async def seal(self, card: TrustedCard, vcm: VcmId) -> bytes: ...
 
     async def check_confirmation(self, card: CardId, vcm: VcmId, nonce: bytes, answer: bytes) -> None:
         """Raises ``CardUnconfirmed``."""
@@ -270,7 +271,7 @@ class DirectoryUkey:
         self._plugged_in()
         return await self._signer.sign(data)
 
-    async def seal(self, card: sealing.TrustedCard, vcm: VcmId) -> bytes:
+    async def seal(self, card: TrustedCard, vcm: VcmId) -> bytes:
         """The share for one card, with what the Ukey has seen. Raises ``UkeyAbsent`` or ``CardUntrusted``."""
         secrets = self._plugged_in()
         share = secrets.share

@@ -8,12 +8,11 @@ from typing import Any
 
 import aiohttp
 import msgspec
-from cryptography.hazmat.primitives import hpke
-from cryptography.hazmat.primitives.asymmetric import mlkem, x25519
 
 from cipherfleet import Client
 from cipherfleet.channel import codec, signing, tls
 from cipherfleet.channel.certificates import Credentials, new_key
+from cipherfleet.channel.sealing import TrustedCard, share_info
 from cipherfleet.channel.server import Server
 from cipherfleet.computing import engine_wrap
 from cipherfleet.computing.card_function import VirtualFunction, Work
@@ -31,10 +30,11 @@ from cipherfleet.contract.errors import (
 from cipherfleet.contract.escrow import KeyState, VersionAttributes
 from cipherfleet.contract.identities import Identity, Peer, Role
 from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, VcmId, new_key_id
-from cipherfleet.contract.kmc_api import AuditEntry, AuditLog
+from cipherfleet.contract.kmc_api import AuditEntry, AuditLog, CardReply
+from cipherfleet.contract.messages import Chain
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.statements import LeaseStatement, Right, SealedShare, Signed
-from cipherfleet.contract.vcc import CmkDelivery, Completion, Operation, RowRequest
+from cipherfleet.contract.vcc import CmkDelivery, Completion, ImportRequest, Operation, RowRequest
 from cipherfleet.contract.vcm import KeyUse
 from cipherfleet.contract.vcm_api import KeyDescription, LoginReply
 from cipherfleet.services.components import mount
@@ -51,18 +51,28 @@ def transport_keys() -> engine_wrap.TransportKeys:
     return engine_wrap.TransportKeys()
 
 
+@cache
+def cards_root() -> Authority:
+    """The CA of the cards."""
+    return Authority("cards")
+
+
+def certified(kmc_key: bytes) -> CardReply:
+    keys = transport_keys()
+    chain = cards_root().certify(Identity(Role.CARD, CARD), keys.rsa.public_key(), hpke_public_key=keys.hpke_public_key)
+    return CardReply(Chain(chain, cards_root().pem), kmc_key)
+
+
 async def serving_function(consumer: ConsumerId = ACME, *, lease_s: float = 3600.0) -> VirtualFunction:
     """A virtual function of a card that holds its consumer's CMK and a lease."""
     transport, ukey, kmc = transport_keys(), signing.LocalSigner(new_key()), signing.LocalSigner(new_key())
-    function = VirtualFunction(CARD, VCM, consumer, transport, lambda: kmc.public_key)
+    reply = certified(kmc.public_key)
+    function = VirtualFunction(CARD, VCM, consumer, transport, lambda: reply)
     share = SealedShare(consumer, CARD, VCM, secrets.token_bytes(32), (ukey.public_key,), kmc.public_key, 1, 0, b"")
-    raw = transport.hpke_public_key
-    public = hpke.MLKEM768X25519PublicKey(
-        mlkem.MLKEM768PublicKey.from_public_bytes(raw[:1184]), x25519.X25519PublicKey.from_public_bytes(raw[1184:])
-    )
+    card = TrustedCard(CARD, transport.hpke_public_key)
     delivery = CmkDelivery(
         transport.rsa.public_key().encrypt(secrets.token_bytes(32), engine_wrap.OAEP),
-        engine_wrap.SUITE.encrypt(codec.encode(share), public, engine_wrap.sealing_info(CARD, VCM)),
+        card.seal(codec.encode(share), share_info(CARD, VCM)),
     )
     function.execute(Operation.LOAD_CMK, 0, codec.encode(delivery), b"")
     nonce = function.execute(Operation.LEASE_NONCE, 0, b"", b"")
@@ -111,6 +121,10 @@ class StageKeys:
         described = KeyDescription(key, algorithm, 0, KeyState.ENABLED, label, time.time(), actor, ())
         return await self._generate(described)
 
+    async def import_key(self, algorithm: str, sealed: bytes, *, label: str, actor: str) -> KeyDescription:
+        described = KeyDescription(new_key_id(), algorithm, 0, KeyState.ENABLED, label, time.time(), actor, ())
+        return await self._generate(described, sealed)
+
     async def rotate(self, key: KeyId, *, actor: str) -> KeyDescription:
         return await self._generate(await self._enabled(key))
 
@@ -141,11 +155,12 @@ class StageKeys:
             raise KeyDeleted(f"key {key} is deleted")
         return described
 
-    async def _generate(self, described: KeyDescription) -> KeyDescription:
+    async def _generate(self, described: KeyDescription, sealed: bytes | None = None) -> KeyDescription:
         version = described.version + 1
         attributes = VersionAttributes(described.algorithm, time.time())
         row = RowRequest(described.id, version, codec.encode(attributes))
-        done = await self._card.submit(Operation.GENERATE, parameters=codec.encode(row))
+        operation, parameters = (Operation.GENERATE, row) if sealed is None else (Operation.IMPORT, ImportRequest(row, sealed))
+        done = await self._card.submit(operation, parameters=codec.encode(parameters))
         made = codec.decode(msgspec.json.decode(done.parameters, type=_Row).attributes, VersionAttributes)
         self._handles[described.id, version] = done.value
         self._keys[described.id] = msgspec.structs.replace(
@@ -154,6 +169,7 @@ class StageKeys:
             versions=(*described.versions, version),
             uses=algorithm(described.algorithm).uses,
             public_key=made.public_key,
+            imported=made.imported,
         )
         return self._keys[described.id]
 
@@ -234,6 +250,7 @@ class Stage:
             shown.key.decode(),
             ALL_RIGHTS,
             int(shown.not_after),
+            root=cards_root().pem.decode(),
         )
 
     def client(self, name: str = "shop", **how: Any) -> Client:

@@ -1,6 +1,7 @@
 """The client: which VCM it trusts and finds, what it repeats, and what a caller sees when something goes wrong."""
 
 import asyncio
+import hmac
 import os
 import socket
 import subprocess
@@ -12,6 +13,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 import cipherfleet
 from cipherfleet import Client
@@ -20,10 +23,12 @@ from cipherfleet.channel.certificates import Credentials
 from cipherfleet.channel.server import Call, Server
 from cipherfleet.contract.errors import (
     CardUnavailable,
+    CardUntrusted,
     CertificateExpired,
     CertificateInvalid,
     CipherfleetError,
     FileProblem,
+    KeyMaterialInvalid,
     Malformed,
     NotPermitted,
     PeerError,
@@ -579,3 +584,30 @@ def test_the_package_gives_what_it_promises() -> None:
 def test_a_profile_does_not_show_its_key(stage: Stage) -> None:
     assert "PRIVATE" not in repr(stage.profile())
     assert isinstance(stage.profile(), Profile)
+
+
+async def test_a_key_of_ones_own_is_sealed_to_the_card(stage: Stage, client: Client) -> None:
+    secret = os.urandom(32)
+    made = await client.import_key("HMAC-SHA-256", secret, label="mine")
+    assert (made.algorithm, made.imported, made.label) == ("HMAC-SHA-256", True, "mine")
+    assert await client.mac(made.id, b"m") == hmac.digest(secret, b"m", "sha256")
+    private = ed25519.Ed25519PrivateKey.generate()
+    pem = private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    signer = await client.import_key("ed25519", pem)
+    private.public_key().verify(await client.sign(signer.id, b"m"), b"m")
+
+
+async def test_a_key_is_sealed_to_no_card_that_the_profile_cannot_check(stage: Stage) -> None:
+    for root, hint in (("", "app add"), (stage.domain.pem.decode(), "")):
+        async with Client(msgspec.structs.replace(stage.profile(), root=root)) as client:
+            with pytest.raises(CardUntrusted) as refused:
+                await client.import_key("AES-256-GCM", bytes(32))
+            assert hint in refused.value.hint
+    assert Operation.IMPORT not in stage.host.card.operations
+
+
+async def test_a_private_key_that_cannot_be_read_stays_here(stage: Stage, client: Client) -> None:
+    with pytest.raises(KeyMaterialInvalid):
+        await client.import_key("Ed25519", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")
+    with pytest.raises(KeyMaterialInvalid):
+        await client.import_key("AES-256-GCM", bytes(31))

@@ -29,6 +29,8 @@ from tests.unit.services.stage import ACME, CARD, VCM, Stage
 KEY = "0" * 32
 ROUTES: dict[tuple[str, str], tuple[Right, ...]] = {
     ("POST", "/v1/keys"): (Right.CREATE,),
+    ("GET", "/v1/import"): (Right.CREATE,),
+    ("POST", "/v1/import"): (Right.CREATE,),
     ("GET", "/v1/keys"): (Right.SHOW,),
     ("GET", "/v1/keys/{key}"): (Right.SHOW,),
     ("POST", "/v1/keys/{key}/rotate"): (Right.MANAGE,),

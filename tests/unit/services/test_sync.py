@@ -79,7 +79,8 @@ async def test_the_whole_of_it(plain: SyncClient, tmp_path: Path) -> None:
         assert plain.disable_key(key.id).state == "disabled"
         assert plain.enable_key(key.id).state == "enabled"
         assert plain.delete_key(key.id).state == "deleted"
-        assert len(plain.list_keys()) == 3
+        assert plain.import_key("AES-256-GCM", bytes(32)).imported
+        assert len(plain.list_keys()) == 4
         assert len(plain.algorithms()) >= 10
         assert plain.audit()
         assert plain.endpoints()

@@ -7,11 +7,12 @@ import os
 import pytest
 from cryptography.exceptions import InvalidTag
 
+from cipherfleet.channel.sealing import TrustedCard, check_card
 from cipherfleet.contract.errors import CardUnconfirmed, CardUntrusted
 from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
 from cipherfleet.contract.statements import SealedShare
-from cipherfleet.terminal.sealing import TrustedCard, check_card, check_confirmation, confirmation, seal_share
+from cipherfleet.terminal.sealing import check_confirmation, confirmation, seal_share
 from tests.pki import Authority
 from tests.unit.terminal.platform import StandInCard
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import msgspec
 import typer
+from rich.markup import escape
 
 from cipherfleet.app import output
 from cipherfleet.app.options import Json, PinFile, State, UkeyFolder, read_file, read_pin, run
@@ -59,7 +60,7 @@ def add(
         shown = {"application": profile.application, "consumer": profile.consumer, "profile": str(out)}
         output.document({**shown, "rights": profile.rights, "endpoints": profile.endpoints, "not_after": profile.not_after})
     else:
-        output.screen.print(f"{name} of {profile.consumer} is signed in; its profile is {out}")
+        output.screen.print(f"{name} of {profile.consumer} is signed in; its profile is {escape(str(out))}")
 
 
 @app.command("list")

@@ -1,6 +1,5 @@
 """The audit log, and the list of algorithms."""
 
-from datetime import UTC, datetime
 from typing import Annotated
 from urllib.parse import quote
 
@@ -24,10 +23,7 @@ def show(state: State, consumer: ConsumerOption = "", json: Json = False) -> Non
     if json:
         output.document(entries)
         return
-    rows = [
-        (e.consumer, e.sequence, datetime.fromtimestamp(e.at, UTC).isoformat(" ", "seconds"), e.actor, e.event, e.subject, e.outcome)
-        for e in entries
-    ]
+    rows = [(e.consumer, e.sequence, output.moment(e.at), e.actor, e.event, e.subject, e.outcome) for e in entries]
     output.table("audit lines", ("consumer", "#", "at", "actor", "event", "subject", "outcome"), rows)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
+from rich.markup import escape
 
 from cipherfleet.app import output
 from cipherfleet.app.options import Json, State, run
@@ -92,7 +93,7 @@ def show(status: CloudStatus, *, as_json: bool) -> None:
     if as_json:
         output.document(to_document(status))
         return
-    output.screen.print(f"[bold]{status.state}[/]  {'[green]ready[/]' if status.ready else '[red]not ready[/]'}")
+    output.screen.print(f"[bold]{escape(status.state)}[/]  {'[green]ready[/]' if status.ready else '[red]not ready[/]'}")
     output.table("processes", ("role", "id", "pid", "consumer"), [(p.role, p.id, p.pid, p.consumer) for p in status.processes])
     if platform is None:
         return

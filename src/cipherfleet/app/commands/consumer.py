@@ -9,6 +9,7 @@ from typing import Annotated
 
 import msgspec
 import typer
+from rich.markup import escape
 
 from cipherfleet.app import output
 from cipherfleet.app.options import Json, PinFile, State, UkeyFolder, read_pin, run
@@ -56,7 +57,8 @@ def enroll(
     if json:
         output.document(result)
     else:
-        output.screen.print(f"{name} is enrolled; its Ukey is {ukey}. Plug it in with: cipherfleet terminal --ukey {ukey}")
+        shown = escape(str(ukey))
+        output.screen.print(f"{name} is enrolled; its Ukey is {shown}. Plug it in with: cipherfleet terminal --ukey {shown}")
 
 
 @app.command("list")

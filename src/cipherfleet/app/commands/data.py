@@ -13,11 +13,10 @@ import typer
 from cipherfleet import Client
 from cipherfleet.app import output
 from cipherfleet.app.commands.key import ask
-from cipherfleet.app.options import Json, ProfileFile, read_file, run
+from cipherfleet.app.options import In, Json, ProfileFile, read_file, run
 from cipherfleet.contract.errors import FileProblem
 
 Key = Annotated[str, typer.Option("--key", help="The key's id.")]
-In = Annotated[Path | None, typer.Option("--in", help="Input file (default: standard input).", show_default=False)]
 Out = Annotated[Path | None, typer.Option("--out", help="Output file (default: standard output).", show_default=False)]
 Context = Annotated[str, typer.Option("--context", help="Encryption context: authenticated, not stored; needed again to decrypt.")]
 SignatureFile = Annotated[Path, typer.Option("--signature", help="The signature's file.")]

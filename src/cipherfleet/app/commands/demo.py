@@ -119,9 +119,9 @@ async def _use(story: Story, folder: Path, billing: Profile, megabytes: int) -> 
         async with story.step(
             f"A file of {megabytes} MB is encrypted", "cipherfleet encrypt --key ID --in ledger.bin --out ledger.cf"
         ) as facts:
-            facts["MB_s"] = await _timed(client.encrypt_file(key.id, plain, sealed), megabytes)
+            facts["speed"] = await _timed(client.encrypt_file(key.id, plain, sealed), megabytes)
         async with story.step("It is decrypted and compared", "cipherfleet decrypt --in ledger.cf --out ledger.out") as facts:
-            facts["MB_s"] = await _timed(client.decrypt_file(sealed, folder / "ledger.out"), megabytes)
+            facts["speed"] = await _timed(client.decrypt_file(sealed, folder / "ledger.out"), megabytes)
             if await asyncio.to_thread(_sha256, plain) != await asyncio.to_thread(_sha256, folder / "ledger.out"):
                 raise Internal("the decrypted file differs")
             facts["compared"] = "equal"
@@ -207,10 +207,10 @@ async def _decrypt(folder: Path, profile: Profile) -> None:
         raise Internal("the file decrypted after the Ukey's return differs")
 
 
-async def _timed(work: Any, megabytes: int) -> int:
+async def _timed(work: Any, megabytes: int) -> str:
     started = time.monotonic()
     await work
-    return round(megabytes / (time.monotonic() - started))
+    return f"{megabytes / (time.monotonic() - started):.0f} MB/s"
 
 
 def _fill(path: Path, megabytes: int) -> None:

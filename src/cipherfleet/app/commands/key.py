@@ -11,11 +11,11 @@ import typer
 
 from cipherfleet import Client
 from cipherfleet.app import output
-from cipherfleet.app.options import Json, ProfileFile, run
+from cipherfleet.app.options import In, Json, ProfileFile, read_small, run
 from cipherfleet.contract.errors import Malformed
 from cipherfleet.contract.vcm_api import KeyDescription
 
-app = typer.Typer(help="Keys: create, list, show, rotate, enable, disable, delete.", no_args_is_help=True)
+app = typer.Typer(help="Keys: create, import, list, show, rotate, enable, disable, delete.", no_args_is_help=True)
 
 T = TypeVar("T")
 KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id.")]
@@ -34,6 +34,19 @@ def create(
         raise Malformed("two algorithms are given", "give one")
     chosen = algorithm or name or "AES-256-GCM"
     _show(ask(profile, lambda client: client.create_key(chosen, label=label)), as_json=json)
+
+
+@app.command("import")
+def import_(
+    profile: ProfileFile,
+    algorithm: Annotated[str, typer.Argument(metavar="ALGORITHM", help="See: cipherfleet algorithms.")],
+    source: In = None,
+    label: Annotated[str, typer.Option(help="A name for people.")] = "",
+    json: Json = False,
+) -> None:
+    """Bring a key of your own: raw bytes, or a private key as PKCS#8. It is sealed to the card here, before it leaves."""
+    material = read_small(source)
+    _show(ask(profile, lambda client: client.import_key(algorithm, material, label=label)), as_json=json)
 
 
 @app.command("list")
@@ -115,6 +128,6 @@ def _show(key: KeyDescription, *, as_json: bool) -> None:
     if as_json:
         output.document(key)
         return
-    facts = msgspec.to_builtins(key)
-    rows = [(name.replace("_", " "), value) for name, value in facts.items() if value not in ("", [], None)]
+    facts = {**msgspec.to_builtins(key), "created_at": output.moment(key.created_at)}
+    rows = [(name.replace("_", " "), value) for name, value in facts.items() if value not in ("", (), [], None)]
     output.table("key", ("what", "value"), rows)

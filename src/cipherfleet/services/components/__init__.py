@@ -3,6 +3,8 @@
 ::
 
     POST /v1/keys                      KeyCreateRequest -> KeyDescription               create
+    GET  /v1/import                    -> ImportTarget                                  create
+    POST /v1/import                    KeyImportRequest -> KeyDescription               create
     GET  /v1/keys, /v1/keys/{key}      -> KeyListReply, KeyDescription                  show
     POST /v1/keys/{key}/rotate, enable, disable, delete  -> KeyDescription              manage
     POST /v1/keys/{key}/encrypt        plaintext -> ciphertext                          encrypt

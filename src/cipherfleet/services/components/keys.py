@@ -1,14 +1,16 @@
-"""Create, list, show, rotate, enable, disable and delete keys."""
+"""Create, import, list, show, rotate, enable, disable and delete keys."""
 
 from collections.abc import Awaitable, Callable
 
+from cipherfleet.channel import codec
 from cipherfleet.channel.server import Call
 from cipherfleet.contract.algorithms import Kind, algorithm
 from cipherfleet.contract.errors import Malformed, WrongKeyType
 from cipherfleet.contract.escrow import KeyState
 from cipherfleet.contract.ids import KeyId
 from cipherfleet.contract.statements import Right
-from cipherfleet.contract.vcm_api import KeyCreateRequest, KeyDescription, KeyListReply
+from cipherfleet.contract.vcc import CardDescription, Operation
+from cipherfleet.contract.vcm_api import ImportTarget, KeyCreateRequest, KeyDescription, KeyImportRequest, KeyListReply
 from cipherfleet.services import wire
 from cipherfleet.services.components.routes import Routes, actor
 
@@ -20,6 +22,8 @@ class Keys:
         self._routes = routes
         routes.add("POST", "/v1/keys", (Right.CREATE,), self.create)
         routes.add("GET", "/v1/keys", (Right.SHOW,), self.list_keys)
+        routes.add("GET", "/v1/import", (Right.CREATE,), self.import_target)
+        routes.add("POST", "/v1/import", (Right.CREATE,), self.import_key)
         routes.add("GET", "/v1/keys/{key}", (Right.SHOW,), self.describe)
         routes.add("POST", "/v1/keys/{key}/rotate", (Right.MANAGE,), self.rotate)
         for verb, state in _STATES.items():
@@ -28,12 +32,17 @@ class Keys:
     async def create(self, call: Call) -> KeyDescription:
         """It is acknowledged after the escrow has it."""
         request = await self._routes.body(call).message(KeyCreateRequest)
-        chosen = algorithm(request.algorithm)
-        if chosen.kind is Kind.DIGEST:
-            raise WrongKeyType(f"{chosen.name} is a digest, it has no keys")
-        if len(request.label) > wire.MAX_LABEL_CHARACTERS or not request.label.isprintable():
-            raise Malformed(f"a label has at most {wire.MAX_LABEL_CHARACTERS} characters, all printable")
-        return await self._routes.host.keys.create(chosen.name, label=request.label, actor=actor(call))
+        return await self._routes.host.keys.create(_check(request), label=request.label, actor=actor(call))
+
+    async def import_target(self, call: Call) -> ImportTarget:
+        card = self._routes.host.card
+        described = codec.decode((await card.submit(Operation.DESCRIBE)).parameters, CardDescription)
+        return ImportTarget(described.vcm, described.card, (await card.submit(Operation.TRANSPORT)).data)
+
+    async def import_key(self, call: Call) -> KeyDescription:
+        """The material passes through here sealed to the card."""
+        request = await self._routes.body(call).message(KeyImportRequest)
+        return await self._routes.host.keys.import_key(_check(request), request.sealed, label=request.label, actor=actor(call))
 
     async def list_keys(self, call: Call) -> KeyListReply:
         return KeyListReply(tuple(await self._routes.host.keys.list_keys()))
@@ -49,3 +58,13 @@ class Keys:
             return await self._routes.host.keys.set_state(call.path("key", KeyId), state, actor=actor(call))
 
         return set_state
+
+
+def _check(request: KeyCreateRequest | KeyImportRequest) -> str:
+    """The algorithm's name. Raises ``AlgorithmUnknown``, ``WrongKeyType`` or ``Malformed``."""
+    chosen = algorithm(request.algorithm)
+    if chosen.kind is Kind.DIGEST:
+        raise WrongKeyType(f"{chosen.name} is a digest, it has no keys")
+    if len(request.label) > wire.MAX_LABEL_CHARACTERS or not request.label.isprintable():
+        raise Malformed(f"a label has at most {wire.MAX_LABEL_CHARACTERS} characters, all printable")
+    return chosen.name

@@ -11,9 +11,19 @@ from cipherfleet.contract.errors import TooLarge
 from cipherfleet.contract.ids import KeyId
 from cipherfleet.contract.kmc_api import AuditEntry, AuditLog
 from cipherfleet.contract.profile import Profile
-from cipherfleet.contract.vcm_api import DataKeyReply, EndpointsReply, KeyCreateRequest, KeyDescription, KeyListReply, SignatureReply
+from cipherfleet.contract.vcm_api import (
+    DataKeyReply,
+    EndpointsReply,
+    ImportTarget,
+    KeyCreateRequest,
+    KeyDescription,
+    KeyImportRequest,
+    KeyListReply,
+    SignatureReply,
+)
 from cipherfleet.services import wire
 from cipherfleet.services.middleware.connection import Connection, read_profile
+from cipherfleet.services.middleware.envelope import seal_material
 from cipherfleet.services.middleware.sources import Bytes, Progress, Source, Upload
 from cipherfleet.services.middleware.targets import WholeFile, open_source
 
@@ -55,6 +65,16 @@ class Client:
     async def create_key(self, algorithm: str = "AES-256-GCM", *, label: str = "") -> KeyDescription:
         """A new key; it is in the key escrow when this returns. Raises ``AlgorithmUnknown``."""
         return await self._connection.ask("POST", "/v1/keys", KeyDescription, body=KeyCreateRequest(algorithm, label), safe=False)
+
+    async def import_key(self, algorithm: str, material: bytes, *, label: str = "") -> KeyDescription:
+        """A new key of the caller's own ``material``: raw bytes of a symmetric key, PKCS#8 (PEM or DER, unencrypted) of a private one.
+
+        It travels sealed to the card that takes it; the VCM and the key escrow see it wrapped alone. Raises ``CardUntrusted``,
+        ``KeyMaterialInvalid`` or ``AlgorithmUnknown``.
+        """
+        target = await self._connection.ask("GET", "/v1/import", ImportTarget)
+        sealed = seal_material(self.profile, target, algorithm, material)
+        return await self._connection.ask("POST", "/v1/import", KeyDescription, body=KeyImportRequest(algorithm, sealed, label), safe=False)
 
     async def list_keys(self) -> tuple[KeyDescription, ...]:
         return (await self._connection.ask("GET", "/v1/keys", KeyListReply)).keys

@@ -115,6 +115,7 @@ class SyncClient:
             loop.close()
 
     create_key = _Call(Client.create_key)
+    import_key = _Call(Client.import_key)
     list_keys = _Call(Client.list_keys)
     describe_key = _Call(Client.describe_key)
     rotate_key = _Call(Client.rotate_key)

@@ -16,6 +16,8 @@ from cipherfleet.computing.engine_wrap import TransportKeys
 from cipherfleet.contract.algorithms import algorithm
 from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, KeyState, VersionAttributes
 from cipherfleet.contract.ids import CardId, ConsumerId, KeyId, VcmId, new_key_id
+from cipherfleet.contract.kmc_api import CardReply
+from cipherfleet.contract.messages import Chain
 from cipherfleet.contract.statements import LeaseStatement, SealedShare, Signature, Signed, Statement, signing_input
 from cipherfleet.contract.vcc import CmkDelivery, Operation, RowRequest, StreamRequest
 
@@ -24,6 +26,7 @@ VCM = VcmId("vcm-00000000000a")
 OTHER_VCM = VcmId("vcm-00000000000b")
 KMC_KEY = ec.generate_private_key(ec.SECP256R1())
 KMC_SPKI = public_key_der(KMC_KEY.public_key())
+CERTIFIED = CardReply(Chain(b"the card's chain", b"its root"), KMC_SPKI)
 
 
 @cache
@@ -102,7 +105,7 @@ class Function:
         self.consumer = consumer or Consumer()
         self.vcm = vcm
         self.clock = Clock()
-        self.inner = VirtualFunction(CARD, vcm, self.consumer.name, transport(), lambda: KMC_SPKI, self.clock)
+        self.inner = VirtualFunction(CARD, vcm, self.consumer.name, transport(), lambda: CERTIFIED, self.clock)
         if serving:
             self.load_cmk()
             self.renew()

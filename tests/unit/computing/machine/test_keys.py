@@ -10,6 +10,7 @@ import pytest
 
 from cipherfleet.channel import codec
 from cipherfleet.channel.certificates import new_key
+from cipherfleet.channel.sealing import TrustedCard, import_info
 from cipherfleet.computing.vcc_socket import SocketCard
 from cipherfleet.computing.vcm_escrow import Escrow
 from cipherfleet.computing.vcm_keys import Keys
@@ -24,6 +25,7 @@ from cipherfleet.contract.errors import (
     KeyDisabled,
     KeyUnknown,
     KmcUnavailable,
+    SealedForeign,
     ServiceOff,
     StateConflict,
     WrongKeyType,
@@ -32,7 +34,7 @@ from cipherfleet.contract.escrow import EscrowView, KeyAttributes, KeyState, See
 from cipherfleet.contract.ids import KeyId, VcmId, new_key_id, new_vcm_id
 from cipherfleet.contract.kmc_api import EscrowReceipt
 from cipherfleet.contract.statements import CheckpointStatement
-from cipherfleet.contract.vcc import Operation, StreamRequest, Verb
+from cipherfleet.contract.vcc import CardDescription, KeyMaterial, Operation, StreamRequest, Verb
 from cipherfleet.contract.vcm import KeyStore
 from tests.unit.computing.machine.fake_kmc import EPOCH, FakeConsumer, FakeKmc, signed
 from tests.unit.computing.machine.stage import CardOfTests
@@ -123,6 +125,20 @@ async def test_a_signature_keys_public_key_is_shown(store: Store) -> None:
     assert len(made.public_key) == 44  # RFC 8410: 12 bytes of header, 32 of key
     store.keys._handles.clear()
     assert (await store.keys.describe(made.id)).public_key == made.public_key
+
+
+async def test_an_imported_key_is_in_the_escrow_and_says_what_it_is(world: World, store: Store) -> None:
+    vcm = codec.decode((await store.card.submit(Operation.DESCRIBE)).parameters, CardDescription)
+    card = TrustedCard(vcm.card, world.card.card.transport.hpke_public_key)
+    material = codec.encode(KeyMaterial(store.consumer.name, "AES-256-GCM", bytes(range(32))))
+    made = await store.keys.import_key("AES-256-GCM", card.seal(material, import_info(vcm.card, vcm.vcm)), label="mine", actor="a")
+    assert made.imported
+    assert await store.decrypt(made.id, 1, await store.encrypt(made.id, b"hello")) == b"hello"
+    with pytest.raises(SealedForeign):
+        await store.keys.import_key("AES-256-GCM", b"x" * 2000, label="", actor="a")
+    rotated = await store.keys.rotate(made.id, actor="a")
+    assert not rotated.imported  # the card made the new version
+    assert set(store.consumer.rows) == {(made.id, 0), (made.id, 1), (made.id, 2)}
 
 
 @pytest.mark.parametrize(("name", "error"), [("ROT13", AlgorithmUnknown), ("SHA-256", WrongKeyType)])

@@ -1,0 +1,35 @@
+"""The client's own cryptography: key material on its way into a card, sealed so that only the card can open it."""
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+
+from cipherfleet.channel import codec
+from cipherfleet.channel.sealing import check_card, import_info
+from cipherfleet.contract.algorithms import algorithm
+from cipherfleet.contract.errors import CardUntrusted, KeyMaterialInvalid
+from cipherfleet.contract.profile import Profile
+from cipherfleet.contract.vcc import KeyMaterial
+from cipherfleet.contract.vcm_api import ImportTarget
+
+_PEM = b"-----BEGIN"
+
+
+def seal_material(profile: Profile, target: ImportTarget, name: str, material: bytes) -> bytes:
+    """``material`` for a key of the algorithm ``name``, sealed to the card that ``target`` shows.
+
+    Raises ``CardUntrusted``, ``KeyMaterialInvalid`` or ``AlgorithmUnknown``.
+    """
+    if not profile.root:
+        raise CardUntrusted("the profile does not name the CA of the cards", "sign the application in again: cipherfleet app add")
+    card = check_card(target.chain, profile.root.encode(), target.card)
+    chosen = algorithm(name)
+    raw = _to_der(material) if material.lstrip().startswith(_PEM) else material
+    return card.seal(codec.encode(KeyMaterial(profile.consumer, chosen.name, raw)), import_info(target.card, target.vcm))
+
+
+def _to_der(pem: bytes) -> bytes:
+    try:
+        key = serialization.load_pem_private_key(pem, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
+        raise KeyMaterialInvalid("the private key cannot be read", "give PKCS#8 as PEM or DER, unencrypted") from exc
+    return key.private_bytes(serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
