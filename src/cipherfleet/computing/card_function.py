@@ -63,13 +63,16 @@ log = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
+    """``data`` may change while it is read, ``room`` be read while it is written: both may be in memory that the VCM shares."""
+
     handle: int
     parameters: bytes
     data: Data
+    room: memoryview | None = None
 
 
 class Answer(NamedTuple):
-    """A completion, its data not yet copied anywhere."""
+    """A completion, its data not yet copied anywhere: a view is one of the request's ``room``."""
 
     value: int = 0
     parameters: bytes = b""
@@ -173,12 +176,12 @@ class VirtualFunction:
         self._lease.forget()
         self._ended = False
 
-    def execute(self, operation: int, handle: int, parameters: bytes, data: Data) -> Answer | Work:
-        """Run one operation. Raises a ``CipherfleetError``."""
+    def execute(self, operation: int, handle: int, parameters: bytes, data: Data, room: memoryview | None = None) -> Answer | Work:
+        """Run one operation. Only what may be seen at once is written into ``room``: ciphertext. Raises a ``CipherfleetError``."""
         self.operations += 1
         self.bytes += len(data)
         self.tick()
-        request = Request(handle, parameters, data)
+        request = Request(handle, parameters, data, room)
         free = self._without_lease.get(operation)
         if free is not None:
             return free(request)
@@ -226,6 +229,8 @@ class VirtualFunction:
         except (LeaseExpired, ServiceOff):
             if isinstance(answer.data, bytearray):
                 wipe(answer.data)
+            elif isinstance(answer.data, memoryview):
+                answer.data[:] = bytes(len(answer.data))
             raise
         return answer
 
@@ -410,7 +415,7 @@ class VirtualFunction:
         encryptor = Encryptor(key, wanted.context)
         fresh = secrets.token_bytes(wanted.length)
         try:
-            data = encryptor.run(fresh)
+            data = bytearray(encryptor.run(fresh))
             length = len(data)
             if wanted.plaintext:
                 data += fresh
@@ -439,10 +444,10 @@ class VirtualFunction:
         return Answer(value=self._streams.add(stream, handles), data=stream.first)
 
     def _update(self, request: Request) -> Answer:
-        return Answer(data=self._streams.update(request.handle, request.data))
+        return Answer(data=self._streams.update(request.handle, request.data, request.room))
 
     def _finish(self, request: Request) -> Answer:
-        return Answer(data=self._streams.finish(request.handle, request.data))
+        return Answer(data=self._streams.finish(request.handle, request.data, request.room))
 
     def _abort(self, request: Request) -> Answer:
         self._streams.abort(request.handle)
@@ -451,7 +456,7 @@ class VirtualFunction:
     def _run(self, request: Request) -> Answer:
         stream, _ = self._open(request)
         try:
-            return Answer(data=stream.run(request.data))
+            return Answer(data=stream.run(request.data, request.room))
         finally:
             stream.close()
 

@@ -92,20 +92,20 @@ class StreamTable:
         self._streams[number] = _OpenStream(stream, handles)
         return number
 
-    def update(self, number: int, data: Data) -> Data:
+    def update(self, number: int, data: Data, into: memoryview | None = None) -> Data:
         stream = self._get(number)
         try:
             if isinstance(stream, Signature) and stream.holds:
                 self._check_held(len(data))
-            return stream.update(data)
+            return stream.update(data, into)
         except BaseException:
             self.abort(number)
             raise
 
-    def finish(self, number: int, data: Data) -> Data:
+    def finish(self, number: int, data: Data, into: memoryview | None = None) -> Data:
         stream = self._get(number)
         try:
-            return stream.finish(data)
+            return stream.finish(data, into)
         finally:
             self.abort(number)
 

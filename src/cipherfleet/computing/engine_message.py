@@ -127,36 +127,37 @@ class Encryptor:
         self.first = header.encode()
         self._index = 0
 
-    def update(self, data: Data) -> bytearray:
+    def update(self, data: Data, into: memoryview | None = None) -> bytearray | memoryview:
         """Whole chunks of plaintext -> as many of ciphertext. Raises ``Malformed`` or ``TooLarge``."""
         if len(data) > MAX_DATA_BYTES:
             raise TooLarge(f"at most {MAX_DATA_BYTES} bytes at a time")
         if len(data) % CHUNK_BYTES:
             raise Malformed(f"a stream is encrypted in chunks of {CHUNK_BYTES} bytes")
-        return self._seal(memoryview(data), last=False)
+        return self._seal(memoryview(data), last=False, into=into)
 
-    def finish(self, data: Data) -> bytearray:
+    def finish(self, data: Data, into: memoryview | None = None) -> bytearray | memoryview:
         """The rest, at most one chunk."""
         if len(data) > CHUNK_BYTES:
             raise TooLarge(f"the last chunk has at most {CHUNK_BYTES} bytes")
-        return self._seal(memoryview(data), last=True)
+        return self._seal(memoryview(data), last=True, into=into)
 
-    def run(self, data: Data) -> bytearray:
+    def run(self, data: Data, into: memoryview | None = None) -> bytearray | memoryview:
         """A whole message, header and all."""
         if len(data) > MAX_DATA_BYTES:
             raise TooLarge(f"at most {MAX_DATA_BYTES} bytes at a time; longer input is a stream")
-        return self._seal(memoryview(data), last=True, before=self.first)
+        return self._seal(memoryview(data), last=True, before=self.first, into=into)
 
     def close(self) -> None:
         self._aead.close()
 
-    def _seal(self, data: memoryview, *, last: bool, before: bytes = b"") -> bytearray:
+    def _seal(self, data: memoryview, *, last: bool, before: bytes = b"", into: memoryview | None = None) -> bytearray | memoryview:
         count = max(-(-len(data) // CHUNK_BYTES), int(last))
         if self._index + count > MAX_CHUNKS:
             raise TooLarge(f"a message has at most {MAX_CHUNKS} chunks", "split the input")
-        out = bytearray(len(before) + len(data) + count * TAG_BYTES)
-        out[: len(before)] = before
+        size = len(before) + len(data) + count * TAG_BYTES
+        out = into[:size] if into is not None and len(into) >= size else bytearray(size)
         view = memoryview(out)
+        view[: len(before)] = before
         position, seal, index = len(before), self._aead.seal, self._index
         for number in range(count):
             chunk = data[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
@@ -182,7 +183,7 @@ class Decryptor:
         self._aead = message_aead(key, said, context)
         self._index = 0
 
-    def update(self, data: Data) -> bytearray:
+    def update(self, data: Data, into: memoryview | None = None) -> bytearray:
         """Whole chunks of ciphertext, none of them the last."""
         if len(data) > MAX_SEALED_BYTES:
             raise TooLarge(f"at most {MAX_SEALED_BYTES} bytes at a time")
@@ -190,13 +191,13 @@ class Decryptor:
             raise Malformed(f"a stream is decrypted in chunks of {SEALED_CHUNK_BYTES} bytes")
         return self._open(memoryview(data), last=False)
 
-    def finish(self, data: Data) -> bytearray:
+    def finish(self, data: Data, into: memoryview | None = None) -> bytearray:
         """The last chunk. Raises ``CiphertextTruncated`` when the ciphertext ends before it."""
         if len(data) > SEALED_CHUNK_BYTES:
             raise TooLarge(f"the last chunk has at most {SEALED_CHUNK_BYTES} bytes")
         return self._open(memoryview(data), last=True)
 
-    def run(self, data: Data) -> bytearray:
+    def run(self, data: Data, into: memoryview | None = None) -> bytearray:
         """All chunks of a message."""
         if len(data) > MAX_SEALED_BYTES:
             raise TooLarge(f"at most {MAX_SEALED_BYTES} bytes at a time; longer input is a stream")
@@ -245,29 +246,29 @@ class Reencryptor:
         self._source, self._target = source, target
         self.first = target.first
 
-    def update(self, data: Data) -> bytearray:
-        return self._pass(self._source.update(data), self._target.update)
+    def update(self, data: Data, into: memoryview | None = None) -> bytearray | memoryview:
+        return self._pass(self._source.update(data), self._target.update, into)
 
-    def finish(self, data: Data) -> bytearray:
-        return self._pass(self._source.finish(data), self._target.finish)
+    def finish(self, data: Data, into: memoryview | None = None) -> bytearray | memoryview:
+        return self._pass(self._source.finish(data), self._target.finish, into)
 
-    def run(self, data: Data) -> bytearray:
-        return self._pass(self._source.run(data), self._target.run)
+    def run(self, data: Data, into: memoryview | None = None) -> bytearray | memoryview:
+        return self._pass(self._source.run(data), self._target.run, into)
 
     def close(self) -> None:
         self._source.close()
         self._target.close()
 
     @staticmethod
-    def _pass(plaintext: bytearray, encrypt: "_Encrypt") -> bytearray:
+    def _pass(plaintext: bytearray, encrypt: "_Encrypt", into: memoryview | None) -> bytearray | memoryview:
         try:
-            return encrypt(plaintext)
+            return encrypt(plaintext, into)
         finally:
             wipe(plaintext)
 
 
 class _Encrypt(Protocol):
-    def __call__(self, data: Data) -> bytearray: ...
+    def __call__(self, data: Data, into: memoryview | None) -> bytearray | memoryview: ...
 
 
 def wipe_view(view: memoryview) -> None:

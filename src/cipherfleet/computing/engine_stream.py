@@ -28,11 +28,13 @@ class Stream(Protocol):
     @property
     def first(self) -> bytes: ...
 
-    def update(self, data: Data) -> bytes | bytearray: ...
+    def update(self, data: Data, into: memoryview | None = None) -> Data:
+        """``into``: where the result may be written, if it is nobody's secret; what is returned is then a view of it."""
+        ...
 
-    def finish(self, data: Data) -> bytes | bytearray: ...
+    def finish(self, data: Data, into: memoryview | None = None) -> Data: ...
 
-    def run(self, data: Data) -> bytes | bytearray: ...
+    def run(self, data: Data, into: memoryview | None = None) -> Data: ...
 
     def close(self) -> None: ...
 
@@ -42,11 +44,11 @@ class _Hashing:
 
     first = b""
 
-    def update(self, data: Data) -> bytes:
+    def update(self, data: Data, into: memoryview | None = None) -> bytes:
         self._take(data)
         return b""
 
-    def finish(self, data: Data) -> bytes:
+    def finish(self, data: Data, into: memoryview | None = None) -> bytes:
         self._take(data)
         return self._result()
 

@@ -13,7 +13,7 @@ from cipherfleet.channel.certificates import Credentials, key_to_pem, make_reque
 from cipherfleet.channel.server import Server
 from cipherfleet.computing.confinement import confine
 from cipherfleet.computing.listening import parse_address
-from cipherfleet.computing.vcc_socket import SocketCard
+from cipherfleet.computing.vcc_ring import RingCard
 from cipherfleet.computing.vcm import Ending, Vcm
 from cipherfleet.computing.vcm_boot import BootChannel, News
 from cipherfleet.computing.vcm_config import VcmConfig
@@ -55,7 +55,7 @@ async def run(
 ) -> Ending:
     """A VCM's life, and why it ended. Raises the KMC's refusal to certify it."""
     boot = await BootChannel.open(socket.socket(fileno=configuration.boot))
-    card = SocketCard(socket.socket(fileno=configuration.vcc))
+    card = RingCard(socket.socket(fileno=configuration.vcc))
     listening = socket.socket(fileno=configuration.listening)
     certificate = OwnCertificate(configuration)
     try:

@@ -1,7 +1,7 @@
 """The virtual crypto card: the port between a VCM and the one card that does its cryptography.
 
-A request is a fixed-size descriptor, its parameters (JSON of the operation's struct below) and its data; the answer is a
-completion of the same shape. Whatever carries it (a socket, a ring in shared memory, TLS) implements ``VirtualCryptoCard``.
+A request is a fixed-size descriptor that says where its parameters (JSON of the operation's struct below) and its data lie;
+the answer is a completion. They travel over two rings in shared memory; whatever else carries them implements ``VirtualCryptoCard``.
 
 Long input is a *stream*: ``BEGIN`` with a verb, ``UPDATE`` with data, ``FINISH`` with the last data. ``RUN`` is begin and
 finish in one. Keys are named by *handle*, which is valid on this vCC alone, until ``UNLOAD``, ``DROP`` or the lease's end.
@@ -9,7 +9,7 @@ finish in one. Keys are named by *handle*, which is valid on this vCC alone, unt
 
 import struct
 from enum import IntEnum, StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -18,6 +18,7 @@ from cipherfleet.contract.ids import CardId, ConsumerId, KeyId, VcmId
 
 CHUNK_BYTES = 64 * 1024
 MAX_DATA_BYTES = 4 * 1024 * 1024
+MAX_SUBMIT_BYTES = MAX_DATA_BYTES + 64 * 1024  # a whole ciphertext of MAX_DATA_BYTES
 MAX_PARAMETER_BYTES = 256 * 1024
 MAX_STREAMS = 256
 
@@ -155,26 +156,75 @@ class VirtualCryptoCard(Protocol):
     """One VCM's share of a card."""
 
     async def submit(
-        self, operation: Operation, *, handle: int = 0, parameters: bytes = b"", data: "bytes | bytearray | memoryview" = b""
+        self,
+        operation: Operation,
+        *,
+        handle: int = 0,
+        parameters: bytes = b"",
+        data: "bytes | bytearray | memoryview" = b"",
     ) -> Completion:
         """Run one operation. Raises the ``CipherfleetError`` that the card answered, or ``CardUnavailable``."""
         ...
 
 
-DESCRIPTOR = struct.Struct("<HHIQII")
-"""operation (or 0/1 = done/failed in a completion), flags, request number, handle or value, parameter bytes, data bytes."""
+# -- the rings ---------------------------------------------------------------------------------------------------------
+#
+# A vCC is one piece of shared memory: a page of counters, the submission ring, the completion ring, and the region that
+# payloads lie in (the virtual function's DMA region). Counters are 32 bits, run freely and wrap; each has one writer.
+
+RING_ENTRIES = 256
+REGION_BYTES = 16 * 1024 * 1024
+COUNTERS_BYTES = 4096
+
+DESCRIPTOR = struct.Struct("<HHIQ6I24x")
+"""operation, flags (0), request number, handle; offset and length of parameters, data and the answer's room in the region."""
+COMPLETION = struct.Struct("<HHIQII8x")
+"""status, flags (0), request number, value, parameter bytes, data bytes; the answer is in the room, parameters first."""
+
+SUBMISSIONS_AT = COUNTERS_BYTES
+COMPLETIONS_AT = SUBMISSIONS_AT + RING_ENTRIES * DESCRIPTOR.size
+REGION_AT = COMPLETIONS_AT + RING_ENTRIES * COMPLETION.size
+MEMORY_BYTES = REGION_AT + REGION_BYTES
 
 
-def encode_request(operation: Operation, number: int, handle: int, parameters: bytes, data_bytes: int) -> bytes:
-    """The descriptor and parameters of a request; the data follows as is."""
-    return DESCRIPTOR.pack(operation, 0, number, handle, len(parameters), data_bytes) + parameters
+class Counter(IntEnum):
+    """Where a counter is in the first page, in words of 32 bits: each in a cache line of its own."""
+
+    SUBMITTED = 0  # the VCM: requests put into the ring
+    TAKEN = 16  # the card: requests taken out of it
+    COMPLETED = 32  # the card: completions put into the ring
+    SEEN = 48  # the VCM: completions taken out of it
+    CARD_SLEEPS = 64  # the card: 1 when it wants its doorbell rung
+    VCM_SLEEPS = 80  # the VCM, likewise
 
 
-def decode_descriptor(raw: bytes) -> tuple[int, int, int, int, int]:
-    """(operation, number, handle, parameter bytes, data bytes) of a descriptor, bounds checked. Raises ``Malformed``."""
-    if len(raw) != DESCRIPTOR.size:
-        raise Malformed("a descriptor has the wrong size")
-    operation, flags, number, handle, parameter_bytes, data_bytes = DESCRIPTOR.unpack(raw)
-    if flags or parameter_bytes > MAX_PARAMETER_BYTES or data_bytes > MAX_DATA_BYTES + 64 * 1024:
-        raise Malformed("a descriptor is out of bounds")
-    return operation, number, handle, parameter_bytes, data_bytes
+class Status(IntEnum):
+    DONE = 0
+    FAILED = 1  # the answer's parameters are an ``ErrorBody``
+
+
+class Descriptor(NamedTuple):
+    operation: int
+    number: int
+    handle: int
+    parameters_at: int
+    parameter_bytes: int
+    data_at: int
+    data_bytes: int
+    room_at: int
+    room_bytes: int
+
+    def encode(self) -> bytes:
+        return DESCRIPTOR.pack(self.operation, 0, *self[1:])
+
+    @classmethod
+    def decode(cls, raw: bytes) -> "Descriptor":
+        """Bounds checked. Raises ``Malformed``."""
+        operation, flags, *rest = DESCRIPTOR.unpack(raw)
+        made = cls(operation, *rest)
+        if flags or made.parameter_bytes > MAX_PARAMETER_BYTES or made.data_bytes > MAX_SUBMIT_BYTES:
+            raise Malformed("a descriptor is out of bounds")
+        for at, length in ((made.parameters_at, made.parameter_bytes), (made.data_at, made.data_bytes), (made.room_at, made.room_bytes)):
+            if at + length > REGION_BYTES:
+                raise Malformed("a descriptor reaches out of its region")
+        return made

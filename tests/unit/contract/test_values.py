@@ -21,7 +21,19 @@ from cipherfleet.contract.errors import (
 )
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.statements import signing_input
-from cipherfleet.contract.vcc import CHUNK_BYTES, DESCRIPTOR, MAX_DATA_BYTES, Operation, decode_descriptor, encode_request
+from cipherfleet.contract.vcc import (
+    CHUNK_BYTES,
+    COMPLETION,
+    COMPLETIONS_AT,
+    DESCRIPTOR,
+    MAX_PARAMETER_BYTES,
+    MAX_SUBMIT_BYTES,
+    REGION_AT,
+    REGION_BYTES,
+    SUBMISSIONS_AT,
+    Descriptor,
+    Operation,
+)
 
 
 @pytest.mark.parametrize(
@@ -142,14 +154,35 @@ def test_signing_input_is_unambiguous() -> None:
     assert len(inputs) == 5
 
 
-def test_descriptors_are_bounded() -> None:
-    raw = encode_request(Operation.RANDOM, 5, 9, b"{}", 100)
-    assert decode_descriptor(raw[: DESCRIPTOR.size]) == (Operation.RANDOM, 5, 9, 2, 100)
-    for bad in (
-        raw[:5],
-        DESCRIPTOR.pack(1, 1, 0, 0, 0, 0),
-        DESCRIPTOR.pack(1, 0, 0, 0, 2**31, 0),
-        DESCRIPTOR.pack(1, 0, 0, 0, 0, MAX_DATA_BYTES * 2),
-    ):
-        with pytest.raises(Malformed):
-            decode_descriptor(bad)
+GOOD = Descriptor(Operation.RUN, 5, 9, 0, 2, 2, MAX_SUBMIT_BYTES, 100, REGION_BYTES - 100)
+
+
+def test_a_descriptor_fits_its_slot_and_comes_back() -> None:
+    assert DESCRIPTOR.size == 64
+    assert COMPLETION.size == 32
+    assert Descriptor.decode(GOOD.encode()) == GOOD
+    assert SUBMISSIONS_AT % 64 == COMPLETIONS_AT % 64 == REGION_AT % 4096 == 0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        GOOD._replace(parameter_bytes=MAX_PARAMETER_BYTES + 1),
+        GOOD._replace(data_bytes=MAX_SUBMIT_BYTES + 1),
+        GOOD._replace(parameters_at=REGION_BYTES - 1),
+        GOOD._replace(data_at=2**32 - 1),
+        GOOD._replace(data_at=REGION_BYTES - MAX_SUBMIT_BYTES + 1),
+        GOOD._replace(room_at=101),
+        GOOD._replace(room_at=2**32 - 1, room_bytes=2**32 - 1),
+    ],
+)
+def test_descriptors_are_bounded(bad: Descriptor) -> None:
+    with pytest.raises(Malformed):
+        Descriptor.decode(bad.encode())
+
+
+def test_a_descriptor_has_no_flags() -> None:
+    raw = bytearray(GOOD.encode())
+    raw[2] = 1
+    with pytest.raises(Malformed):
+        Descriptor.decode(bytes(raw))

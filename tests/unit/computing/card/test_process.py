@@ -25,7 +25,7 @@ from cipherfleet.computing.card_confinement import Protection
 from cipherfleet.computing.card_control import Attach, CardConfig, ControlChannel, Detach, FromCard, StatusWanted
 from cipherfleet.computing.card_handle import CardHandle
 from cipherfleet.computing.engine_wrap import combine, unwrap
-from cipherfleet.computing.vcc_socket import SocketCard
+from cipherfleet.computing.vcc_ring import RingCard
 from cipherfleet.contract.errors import CardUnavailable, CertificateInvalid, Exists, TimedOut
 from cipherfleet.contract.escrow import EscrowRow, VersionAttributes
 from cipherfleet.contract.identities import Identity, Role
@@ -59,7 +59,7 @@ def certificate_for(handle: CardHandle, card: CardId | None = None) -> CardReply
     return CardReply(Chain(chain, root.pem), KMC_SPKI)
 
 
-async def serve(client: SocketCard, consumer: Consumer, handle: CardHandle) -> None:
+async def serve(client: RingCard, consumer: Consumer, handle: CardHandle) -> None:
     """step f, with the terminal's and the KMC's part played here."""
     rsa_public = x509.load_der_x509_csr(handle.csr).public_key()
     delivery = consumer.delivery(consumer.share(handle.id, VCM), rsa_public=rsa_public, hpke_public=handle.hpke_public_key)  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ async def test_service_over_a_real_process(handle: CardHandle, tmp_path: Path) -
         await handle.certify(certificate_for(handle, CardId("card-m1-00000000")))
     await handle.certify(certificate_for(handle))
     consumer = Consumer()
-    client = SocketCard(await handle.attach(VCM, consumer.name))
+    client = RingCard(await handle.attach(VCM, consumer.name))
     await client.start()
     described = msgspec.json.decode((await client.submit(Operation.DESCRIBE)).parameters, type=CardDescription)
     assert (described.card, described.vcm, described.consumer, described.loaded) == (handle.id, VCM, consumer.name, False)
@@ -116,7 +116,7 @@ def found_in_memory(pid: int, needles: dict[str, bytes]) -> set[str]:
 async def test_dropped_keys_are_nowhere_in_the_cards_memory(handle: CardHandle) -> None:
     await handle.certify(certificate_for(handle))
     consumer = Consumer()
-    client = SocketCard(await handle.attach(VCM, consumer.name))
+    client = RingCard(await handle.attach(VCM, consumer.name))
     await client.start()
     await serve(client, consumer, handle)
     wrapping = combine(bytearray(consumer.hsm_share), bytearray(consumer.ukey_share), consumer.name)
@@ -157,7 +157,7 @@ async def test_what_a_card_process_gave_up(handle: CardHandle) -> None:
 
 
 async def test_a_killed_card_is_noticed_by_all(handle: CardHandle, tmp_path: Path) -> None:
-    client = SocketCard(await handle.attach(VCM, ConsumerId("alice")))
+    client = RingCard(await handle.attach(VCM, ConsumerId("alice")))
     await client.start()
     waiting = asyncio.create_task(handle.wait())
     os.kill(handle.pid, signal.SIGKILL)
@@ -271,7 +271,7 @@ async def test_the_life_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     vcm_end, card_end = socket.socketpair()
     assert await ask(Attach(2, VCM, ConsumerId("alice")), card_end.fileno()) == FromCard(2)
     card_end.close()
-    client = SocketCard(vcm_end)
+    client = RingCard(vcm_end)
     await client.start()
     await client.submit(Operation.NULL)
     no_socket = await ask(Attach(3, VcmId("vcm-0000000000bb"), ConsumerId("alice")))

@@ -14,7 +14,7 @@ from cipherfleet.computing.card import Card
 from cipherfleet.computing.card_server import CardServer
 from cipherfleet.computing.confinement import Confinement
 from cipherfleet.computing.relay import Relay
-from cipherfleet.computing.vcc_socket import SocketCard
+from cipherfleet.computing.vcc_ring import RingCard
 from cipherfleet.computing.vcm import Ending
 from cipherfleet.computing.vcm_boot import BootChannel, CertificateAnswer, CertificateWanted, News
 from cipherfleet.computing.vcm_config import VcmConfig
@@ -59,16 +59,16 @@ class CardOfTests:
         await self.server.attach(vcm, consumer, theirs)
         return ours
 
-    async def vcc(self, vcm: VcmId, consumer: FakeConsumer, kmc: FakeKmc) -> SocketCard:
+    async def vcc(self, vcm: VcmId, consumer: FakeConsumer, kmc: FakeKmc) -> RingCard:
         """A vCC that serves: CMK and lease are there."""
-        card = SocketCard(await self.attach(vcm, consumer.name))
+        card = RingCard(await self.attach(vcm, consumer.name))
         await card.start()
         delivered = consumer.delivery(self.card.id, vcm, *kmc.cards[self.card.id])
         await card.submit(Operation.LOAD_CMK, parameters=codec.encode(delivered))
         await self.renew(card, vcm, consumer)
         return card
 
-    async def renew(self, card: SocketCard, vcm: VcmId, consumer: FakeConsumer, duration_ms: int = 6000) -> LeaseState:
+    async def renew(self, card: RingCard, vcm: VcmId, consumer: FakeConsumer, duration_ms: int = 6000) -> LeaseState:
         nonce = (await card.submit(Operation.LEASE_NONCE)).data
         lease = consumer.lease(self.card.id, vcm, nonce, duration_ms)
         return codec.decode((await card.submit(Operation.LEASE, parameters=codec.encode(lease))).parameters, LeaseState)

@@ -8,7 +8,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
 from cipherfleet.channel.certificates import new_key
-from cipherfleet.computing.vcc_socket import SocketCard
+from cipherfleet.computing.vcc_ring import RingCard
 from cipherfleet.computing.vcm_escrow import Escrow
 from cipherfleet.computing.vcm_grants import Grants, Logins
 from cipherfleet.contract.errors import (
@@ -41,7 +41,7 @@ def other_form(signature: Signature) -> Signature:
 class Doorkeeper:
     """A VCM's grants and logins, with the card behind them."""
 
-    def __init__(self, kmc: FakeKmc, consumer: FakeConsumer, vcm: VcmId, card: SocketCard) -> None:
+    def __init__(self, kmc: FakeKmc, consumer: FakeConsumer, vcm: VcmId, card: RingCard) -> None:
         self.consumer, self.vcm = consumer, vcm
         self.now = time.time()
         self.escrow = Escrow(consumer.name, consumer, kmc.signing_key)

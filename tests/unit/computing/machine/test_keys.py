@@ -11,7 +11,7 @@ import pytest
 from cipherfleet.channel import codec
 from cipherfleet.channel.certificates import new_key
 from cipherfleet.channel.sealing import TrustedCard, import_info
-from cipherfleet.computing.vcc_socket import SocketCard
+from cipherfleet.computing.vcc_ring import RingCard
 from cipherfleet.computing.vcm_escrow import Escrow
 from cipherfleet.computing.vcm_keys import Keys
 from cipherfleet.contract.errors import (
@@ -47,7 +47,7 @@ class Store:
     """One VCM's store, and all around it."""
 
     consumer: FakeConsumer
-    card: SocketCard
+    card: RingCard
     escrow: Escrow
     keys: Keys
 
@@ -69,9 +69,9 @@ class World:
         self.kmc = FakeKmc()
         self.consumer = self.kmc.consumer("acme")
         self.card = CardOfTests(self.kmc)
-        self.vccs: list[SocketCard] = []
+        self.vccs: list[RingCard] = []
 
-    async def vcc(self, vcm: VcmId | None = None) -> SocketCard:
+    async def vcc(self, vcm: VcmId | None = None) -> RingCard:
         self.vccs.append(await self.card.vcc(vcm or new_vcm_id(), self.consumer, self.kmc))
         return self.vccs[-1]
 
