@@ -104,7 +104,7 @@ async def generate(client: RingCard, name: str = "AES-256-GCM") -> int:
 @pytest.fixture
 async def alice(server: CardServer) -> AsyncIterator[RingCard]:
     client = await connect(server)
-    await load(client, Consumer())
+    await load(client, Consumer(), 3_600_000)
     yield client
     await client.close()
 

@@ -23,9 +23,11 @@ from cipherfleet.contract.vcc import (
     Operation,
     RandomRequest,
     Status,
+    Verb,
 )
+from tests.unit.computing.card.consumer import Consumer
 from tests.unit.computing.card.hostile_vcm import HostileVcm, fill, strange
-from tests.unit.computing.card.test_rings import alice, attach, card, server
+from tests.unit.computing.card.test_rings import alice, attach, card, generate, load, server, stream
 
 __all__ = ["alice", "server"]
 
@@ -148,27 +150,38 @@ FUZZED = int(os.environ.get("CIPHERFLEET_FUZZ", "20000"))
 
 async def test_strange_descriptors_disturb_nobody(server: CardServer, alice: RingCard) -> None:
     chance = random.Random(2026)  # noqa: S311 - the same run each time
-    taken = lives = 0
+    taken = lives = worked = 0
     while taken < FUZZED:
-        sock, function = await attach(server)
-        hostile = HostileVcm(sock)
+        consumer = Consumer()
+        sock, function = await attach(server, consumer)
+        client = RingCard(sock)
+        await client.start()
+        await load(client, consumer)
+        handles = [await generate(client, name) for name in ("AES-256-GCM", "SM4-GCM", "HMAC-SHA-256", "Ed25519")]
+        begun = await client.submit(Operation.BEGIN, parameters=stream(Verb.DIGEST, digest="SHA-256"))
+        hostile = HostileVcm.take_over(client, [*handles, begun.value, 0])
         fill(hostile, chance)
         lives += 1
         try:
             while taken < FUZZED and function in list(card().functions):
                 before = hostile.completed()
                 for _ in range(chance.randrange(1, RING_ENTRIES)):
-                    hostile.write(strange(chance))
+                    hostile.write(strange(chance, hostile.handles))
                     hostile.memory.region[chance.randrange(REGION_BYTES)] = chance.randrange(256)
                 if chance.random() < 0.1:
                     assert len((await alice.submit(Operation.RANDOM, parameters=codec.encode(RandomRequest(9)))).data) == 9
                 await until(lambda h=hostile, f=function: f not in list(card().functions) or h.completed() == h.submitted)  # type: ignore[misc]
-                taken += (hostile.completed() - before) & 0xFFFFFFFF
+                count = (hostile.completed() - before) & 0xFFFFFFFF
+                taken += count
+                worked += sum(
+                    COMPLETION.unpack(hostile.memory.completions[vcc_memory.completion(before + n)])[0] == Status.DONE for n in range(count)
+                )
                 hostile.take_answers()
         finally:
             hostile.close()
         await until(lambda: vccs() == 1)
     assert lives > 1
+    assert worked > taken // 20, "most of it is nonsense, but not all"
     await alice.submit(Operation.NULL)
 
 
