@@ -1,15 +1,10 @@
 """No acknowledged key is ever lost, and nothing is half made, whoever is killed when."""
 
-import contextlib
-import signal
 import threading
 import time
 from pathlib import Path
 
-import pytest
-
 from cipherfleet import SyncClient
-from cipherfleet.channel.process import ProcessEntry
 from cipherfleet.contract.errors import CipherfleetError
 from tests.support import Consumer, TestCloud, eventually, refusal
 
@@ -83,70 +78,3 @@ def test_acknowledged_keys_survive_the_death_of_every_process(own_cloud: TestClo
             if ciphertext:
                 assert client.decrypt(ciphertext) == key.encode()
     print(f"{len(acknowledged)} acknowledged keys, none lost")  # noqa: T201
-
-
-@pytest.mark.parametrize(
-    ("role", "step"),
-    [
-        ("management", 1),
-        ("kmc", 2),
-        ("management", 3),
-        ("management", 4),
-        ("machine", 5),
-        ("hsm", 5),
-        ("vcm", 6),
-        ("card", 6),
-        ("kmc", 6),
-        ("terminal", 7),
-        ("machine", 8),
-        ("management", 8),
-        ("vcm", 9),
-    ],
-)
-def test_a_kill_at_any_step_of_a_creation_leaves_nothing_half_made(breakable: TestCloud, role: str, step: int) -> None:
-    consumer = breakable.enrol(f"{role}-{step}")
-    plugging = threading.Thread(target=_plug, args=(consumer,), daemon=True)
-    plugging.start()
-    _wait_step(breakable, consumer, step)
-    for entry in _victims(breakable, consumer, role):
-        breakable.end(entry, signal.SIGKILL)
-    breakable.up()
-    plugging.join(60)
-    if not [p for p in breakable.processes("terminal") if p.consumer == consumer.name]:
-        whole(breakable, consumer, 0)
-        consumer.plug_in()
-    eventually(lambda: consumer.service == "on", within=40, what="service on")
-    whole(breakable, consumer, 1)
-    with consumer.client() as client:
-        key = client.create_key("AES-256-GCM")
-        assert client.decrypt(client.encrypt(key.id, b"whole")) == b"whole"
-    consumer.pull()
-    whole(breakable, consumer, 0)
-    for entry in [p for p in breakable.processes("terminal") if p.consumer == consumer.name]:
-        breakable.end(entry)
-
-
-def _plug(consumer: Consumer) -> None:
-    with contextlib.suppress(CipherfleetError):
-        consumer.plug_in()
-
-
-def _wait_step(cloud: TestCloud, consumer: Consumer, step: int) -> None:
-    """Until the creation has done ``step`` (or as near as can be seen from outside)."""
-
-    def reached() -> bool:
-        with contextlib.suppress(CipherfleetError):
-            for vcm in cloud.vcms(everything=True):
-                if vcm.consumer == consumer.name:
-                    return len(cloud.vcm(vcm.id).trace) >= step or step < 5
-            return step < 4 and bool(cloud.processes("terminal"))
-        return False
-
-    eventually(reached, within=30.0, what=f"step {step}")
-
-
-def _victims(cloud: TestCloud, consumer: Consumer, role: str) -> list[ProcessEntry]:
-    entries = cloud.processes(role)
-    if role in ("vcm", "terminal"):
-        return [p for p in entries if p.consumer == consumer.name]
-    return entries[:1]

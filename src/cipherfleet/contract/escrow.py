@@ -190,7 +190,9 @@ def check_view(consumer: ConsumerId, view: EscrowView, checkpoint: Seen, seen: S
         digests = history.pop(row.subject, None)
         if digests is None:
             raise EscrowRowForeign(f"row {row.subject} was never written by this consumer")
-        if digests[-1] != row_digest(row):
+        if digests[-1] != (digest := row_digest(row)):
+            if digest in digests:
+                raise EscrowRolledBack(f"row {row.subject} was set back to what it was before")
             raise EscrowRowTampered(f"row {row.subject} is not the one that was written last")
         check_follows(row, digests[-2] if len(digests) > 1 else b"")
     for kept in view.statements:

@@ -96,7 +96,7 @@ def test_a_changed_row_is_found(database: Database) -> None:
 
 def test_a_row_set_back_is_found(database: Database) -> None:
     database.rows[row(1, 0).subject] = attributes(1, b"enabled")
-    with pytest.raises(EscrowRowTampered):
+    with pytest.raises(EscrowRolledBack):
         database.check()
 
 

@@ -27,9 +27,16 @@ def encrypt(profile: ProfileFile, key: Key, source: In = None, out: Out = None, 
     _stream("encrypt", profile, source, out, json, key=key, context=context.encode())
 
 
-def decrypt(profile: ProfileFile, source: In = None, out: Out = None, context: Context = "", json: Json = False) -> None:
+def decrypt(
+    profile: ProfileFile,
+    source: In = None,
+    out: Out = None,
+    context: Context = "",
+    key: Annotated[str | None, typer.Option("--key", help="The only key that it may be of.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
     """Decrypt; nothing unverified is ever written."""
-    _stream("decrypt", profile, source, out, json, context=context.encode())
+    _stream("decrypt", profile, source, out, json, context=context.encode(), key=key)
 
 
 def reencrypt(

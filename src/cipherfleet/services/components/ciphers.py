@@ -4,7 +4,7 @@ from cipherfleet.channel import codec
 from cipherfleet.channel.server import Call
 from cipherfleet.contract.algorithms import Use, by_number
 from cipherfleet.contract.ciphertext import HEADER_BYTES, TAG_BYTES, Header, sealed_length
-from cipherfleet.contract.errors import CiphertextInvalid, CiphertextTruncated, Malformed
+from cipherfleet.contract.errors import CiphertextForeignKey, CiphertextInvalid, CiphertextTruncated, Malformed
 from cipherfleet.contract.ids import KeyId
 from cipherfleet.contract.statements import Right
 from cipherfleet.contract.vcc import CHUNK_BYTES, DataKeyRequest, Operation, StreamRequest, Verb
@@ -33,10 +33,13 @@ class Ciphers:
         return await self._routes.cipher(call, body, use, StreamRequest(Verb.ENCRYPT, context), handle=use.handle, length=length)
 
     async def decrypt(self, call: Call) -> object:
-        """The key and its version come from the ciphertext's header. Only verified plaintext leaves the card."""
+        """The key and its version come from the ciphertext's header; a caller may name the key that it must be.
+
+        Only verified plaintext leaves the card.
+        """
         body = self._routes.body(call)
         context = self._routes.context(call)
-        header, use = await self._source(body)
+        header, use = await self._source(body, expected=call.request.headers.get(wire.KEY))
         length = _opened_length(body.length)
         return await self._routes.cipher(call, body, use, StreamRequest(Verb.DECRYPT, context, header), handle=use.handle, length=length)
 
@@ -62,11 +65,13 @@ class Ciphers:
         plaintext = done.data[done.value :] if ask.plaintext else None
         return DataKeyReply(use.key, use.version, done.data[: done.value], plaintext)
 
-    async def _source(self, body: Body) -> tuple[bytes, KeyUse]:
-        """The header of the ciphertext in the body, and the key it names."""
+    async def _source(self, body: Body, *, expected: str | None = None) -> tuple[bytes, KeyUse]:
+        """The header of the ciphertext in the body, and the key it names. Raises ``CiphertextForeignKey`` unless it is ``expected``."""
         await body.fill(HEADER_BYTES - 1)
         raw = body.take(HEADER_BYTES)
         header = Header.decode(raw)
+        if expected is not None and header.key != expected:
+            raise CiphertextForeignKey("the ciphertext was made with another key than the one that was named")
         named = by_number(header.algorithm)
         use = self._routes.check_use(await self._routes.host.keys.use(KeyId(header.key), version=header.version), Use.ENCRYPT)
         if named.name != use.algorithm:

@@ -102,9 +102,12 @@ class Client:
         """A ciphertext that names key and version. ``context`` (at most 4 KiB) is authenticated, not stored, and needed again."""
         return await self._connection.fetch("POST", _path(key, "encrypt"), Upload(data), headers=_contexts(context))
 
-    async def decrypt(self, data: Bytes, *, context: bytes = b"") -> bytes:
-        """Raises ``CiphertextInvalid``, ``CiphertextTruncated``."""
-        return await self._connection.fetch("POST", "/v1/decrypt", Upload(data), headers=_contexts(context))
+    async def decrypt(self, data: Bytes, *, context: bytes = b"", key: str | None = None) -> bytes:
+        """``key``: the only one that the ciphertext may be of (default: any of the consumer's).
+
+        Raises ``CiphertextInvalid``, ``CiphertextTruncated`` or ``CiphertextForeignKey``.
+        """
+        return await self._connection.fetch("POST", "/v1/decrypt", Upload(data), headers=_contexts(context, key=key))
 
     async def reencrypt(self, key: str, data: Bytes, *, context: bytes = b"", target_context: bytes = b"") -> bytes:
         """A ciphertext of any key as one of ``key``'s current version; the plaintext stays in the card."""
@@ -114,9 +117,11 @@ class Client:
         """The ciphertext, piece by piece, while ``data`` is still read."""
         return self._connection.stream("POST", _path(key, "encrypt"), Upload(data, progress), headers=_contexts(context))
 
-    def decrypt_stream(self, data: Source, *, context: bytes = b"", progress: Progress | None = None) -> AsyncIterator[bytes]:
+    def decrypt_stream(
+        self, data: Source, *, context: bytes = b"", key: str | None = None, progress: Progress | None = None
+    ) -> AsyncIterator[bytes]:
         """The plaintext, piece by piece. What is yielded was verified; only the end of the iteration says that it is whole."""
-        return self._connection.stream("POST", "/v1/decrypt", Upload(data, progress), headers=_contexts(context))
+        return self._connection.stream("POST", "/v1/decrypt", Upload(data, progress), headers=_contexts(context, key=key))
 
     def reencrypt_stream(
         self, key: str, data: Source, *, context: bytes = b"", target_context: bytes = b"", progress: Progress | None = None
@@ -134,10 +139,12 @@ class Client:
         with open_source(Path(source)) as file:
             return await _store(self.encrypt_stream(key, file, context=context, progress=progress), target, private=False)
 
-    async def decrypt_file(self, source: FilePath, target: FilePath, *, context: bytes = b"", progress: Progress | None = None) -> int:
+    async def decrypt_file(
+        self, source: FilePath, target: FilePath, *, context: bytes = b"", key: str | None = None, progress: Progress | None = None
+    ) -> int:
         """Decrypt a file, as ``encrypt_file``; ``target`` gets mode 0600."""
         with open_source(Path(source)) as file:
-            return await _store(self.decrypt_stream(file, context=context, progress=progress), target, private=True)
+            return await _store(self.decrypt_stream(file, context=context, key=key, progress=progress), target, private=True)
 
     async def reencrypt_file(
         self,
@@ -215,8 +222,8 @@ def _path(key: str, verb: str = "") -> str:
     return f"/v1/keys/{quote(key, safe='')}" + (f"/{verb}" if verb else "")
 
 
-def _contexts(context: bytes, target_context: bytes = b"") -> dict[str, str]:
-    headers = {}
+def _contexts(context: bytes, target_context: bytes = b"", key: str | None = None) -> dict[str, str]:
+    headers = {} if key is None else {wire.KEY: quote(key, safe="")}
     for name, value in ((wire.CONTEXT, context), (wire.TARGET_CONTEXT, target_context)):
         if len(value) > wire.MAX_CONTEXT_BYTES:
             raise TooLarge(f"a context has at most {wire.MAX_CONTEXT_BYTES} bytes")
