@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cipherfleet.contract.ciphertext import HEADER_BYTES
+from cipherfleet.contract.vcc import CHUNK_BYTES
 from tests.support import PIN, QUICK, Consumer, Result, TestCloud, command, profile_file
 
 
@@ -195,17 +197,42 @@ def test_nothing_is_left_of_a_failed_decryption(plugged: Consumer, tmp_path: Pat
     (tmp_path / "plain").write_bytes(b"x" * 300_000)
     assert command("encrypt", "--key", key, "--in", tmp_path / "plain", "--out", tmp_path / "sealed", "--profile", profile).status == 0
     damaged = bytearray((tmp_path / "sealed").read_bytes())
+    chunk, head = CHUNK_BYTES + 16, HEADER_BYTES
     for name, bad, code in (
-        ("cut", bytes(damaged[:-1]), {"ciphertext-truncated", "ciphertext-invalid"}),
-        ("short", bytes(damaged[:200_000]), {"ciphertext-truncated", "ciphertext-invalid"}),
-        ("empty", b"", {"ciphertext-truncated"}),
-        ("foreign", b"PK" + bytes(1000), {"ciphertext-invalid"}),
+        ("cut at the end of a chunk", bytes(damaged[: head + 2 * chunk]), "ciphertext-truncated"),
+        ("cut within a tag", bytes(damaged[: head + 2 * chunk + 15]), "ciphertext-truncated"),
+        ("cut within a chunk", bytes(damaged[:-1]), "ciphertext-invalid"),  # as good as changed: its tag is not its tag
+        ("empty", b"", "ciphertext-truncated"),
+        ("foreign", b"PK" + bytes(1000), "ciphertext-invalid"),
+        ("two chunks swapped", swapped(damaged, head, chunk), "ciphertext-invalid"),
     ):
         (tmp_path / name).write_bytes(bad)
         result = command("decrypt", "--in", tmp_path / name, "--out", tmp_path / "out", "--profile", profile, "--json")
-        assert result.document["error"]["code"] in code, name
+        assert result.document["error"]["code"] == code, name
         assert not (tmp_path / "out").exists()
         assert not list(tmp_path.glob(".out*"))
+
+
+def swapped(sealed: bytearray, head: int, chunk: int) -> bytes:
+    """The first two chunks in the other order."""
+    first, second = sealed[head : head + chunk], sealed[head + chunk : head + 2 * chunk]
+    return bytes(sealed[:head] + second + first + sealed[head + 2 * chunk :])
+
+
+def test_a_ciphertext_of_another_key(plugged: Consumer, tmp_path: Path, application: Callable[[], Path]) -> None:
+    profile = application()
+    key, other = (command("key", "create", "--profile", profile, "--json").document["id"] for _ in range(2))
+    sealed = tmp_path / "sealed"
+    assert command("encrypt", "--key", key, "--out", sealed, "--profile", profile, stdin=b"mine").status == 0
+    failed(command("decrypt", "--key", other, "--in", sealed, "--profile", profile, "--json"), "ciphertext-foreign-key")
+    failed(command("decrypt", "--key", "no id", "--in", sealed, "--profile", profile, "--json"), "ciphertext-foreign-key")
+    assert command("decrypt", "--key", key, "--in", sealed, "--profile", profile).stdout == "mine"
+    raw = bytearray(sealed.read_bytes())
+    at = raw.find(bytes.fromhex(key))
+    assert at > 0
+    raw[at : at + 16] = bytes.fromhex(other)
+    sealed.write_bytes(raw)  # the header says so, the tag does not
+    failed(command("decrypt", "--in", sealed, "--profile", profile, "--json"), "ciphertext-invalid")
 
 
 @pytest.fixture
