@@ -1,4 +1,4 @@
-"""How fast a consumer may change what is kept: a token bucket each (monotonic clock)."""
+"""How often a consumer may do what costs the others something: a token bucket each (monotonic clock)."""
 
 import math
 import time
@@ -9,10 +9,12 @@ from cipherfleet.contract.ids import ConsumerId
 
 
 class Pace:
-    """``burst`` changes at once, ``per_second`` in the long run. Full buckets are forgotten, so it stays small."""
+    """``burst`` times at once, ``per_second`` in the long run. Full buckets are forgotten, so it stays small."""
 
-    def __init__(self, per_second: float, burst: int, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._per_second, self._burst, self._clock = per_second, burst, clock
+    def __init__(
+        self, per_second: float, burst: int, what: str = "changes its keys", *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._per_second, self._burst, self._what, self._clock = per_second, burst, what, clock
         self._left: dict[ConsumerId, tuple[float, float]] = {}
 
     def take(self, consumer: ConsumerId, changes: int) -> None:
@@ -22,7 +24,7 @@ class Pace:
         if changes > left:
             wait_s = math.ceil((changes - left) / self._per_second)
             raise LimitReached(
-                f"{consumer} changes its keys faster than {self._per_second:g} rows per second", f"slow down: try again in {wait_s} s"
+                f"{consumer} {self._what} more often than {self._per_second:g} times per second", f"slow down: try again in {wait_s} s"
             )
         self._left = {name: kept for name, kept in self._left.items() if self._filled(name, now) < self._burst}
         if changes:

@@ -46,7 +46,7 @@ class Release:
         check_card(vcm, card)
         vcm.ready = True
         if vcm.sealed_share and not vcm.loaded:
-            self._sessions.persist(session, lambda: self._deliver(session, vcm))
+            self._start_delivery(session, vcm)
         else:
             self.signal(session, vcm)
 
@@ -72,7 +72,13 @@ class Release:
             raise Malformed("the sealed Ukey share has no possible size")
         session.ciphertext_cmk[:] = frame.ciphertext_cmk
         vcm.sealed_share = frame.sealed_ukey_share
-        self._sessions.persist(session, lambda: self._deliver(session, vcm))
+        self._start_delivery(session, vcm)
+
+    def _start_delivery(self, session: ConsumerSession, vcm: VcmSession) -> None:
+        """Once for each of a VCM's channels: all others wait while the HSM re-wraps."""
+        if vcm.delivered is not vcm.channel:
+            vcm.delivered = vcm.channel
+            self._sessions.persist(session, lambda: self._deliver(session, vcm))
 
     async def _deliver(self, session: ConsumerSession, vcm: VcmSession) -> None:
         """step f: unwrap and re-wrap in the HSM, for the one card that will use it."""
@@ -81,7 +87,7 @@ class Release:
             wrapped = await self._center.hsm.rewrap(self._center.root_key, bytes(session.ciphertext_cmk), recipient)
         except CmkInvalid as exc:
             if session.lives(vcm):
-                vcm.sealed_share = b""
+                vcm.sealed_share, vcm.delivered = b"", None
                 session.forget_cmk()
                 session.refuse_terminal(exc.code, exc.message)
                 await self._center.audit_refusal(session.consumer, session.actor, "cmk-released", vcm.id, exc.code)

@@ -53,7 +53,8 @@ class Revocation:
         Raises ``ConsumerUnknown``, or ``StateConflict`` for a pending consumer.
         """
         at = self._center.wall_clock()
-        await self._center.database.read(partial(store.find_revocable, name=consumer))
+        if self._sessions.get(consumer) is None:  # who has a session is enrolled, and must not be served on while the disk is asked
+            await self._center.database.read(partial(store.find_revocable, name=consumer))
 
         def commit(connection: Connection) -> tuple[Serial, ...]:
             if store.revoke_consumer(connection, consumer):
@@ -97,27 +98,30 @@ class Revocation:
 
     async def vcm(self, id_: VcmId, reason: str, *, actor: str, consumer: ConsumerId | None = None) -> None:
         """One VCM: token, certificates, leases, connections. Raises ``ForeignConsumer`` when it is not ``consumer``'s."""
-        found = await self._center.database.read(partial(store.find_vcm, id_=id_))
-        if found is None:
-            return
-        if consumer is not None and found.consumer != consumer:
+        owner = self._sessions.owner_of(id_)  # memory first, where there is something to stop
+        if owner is None:
+            found = await self._center.database.read(partial(store.find_vcm, id_=id_))
+            if found is None:
+                return
+            owner = found.consumer
+        if consumer is not None and owner != consumer:
             raise ForeignConsumer(f"{id_} is another consumer's")
-        serials = self._center.registry.serials(Role.VCM, found.consumer, id_=id_)
+        serials = self._center.registry.serials(Role.VCM, owner, id_=id_)
         self._center.registry.revoke(serials)
-        session = self._sessions.get(found.consumer)
+        session = self._sessions.get(owner)
         vcm = session.vcms.get(id_) if session is not None else None
         channel = session.remove(vcm, reason) if session is not None and vcm is not None else None
         at = self._center.wall_clock()
 
         def commit(connection: Connection) -> tuple[Serial, ...]:
-            gone = store.revoke_holders(connection, Role.VCM, found.consumer, id_=id_)
+            gone = store.revoke_holders(connection, Role.VCM, owner, id_=id_)
             if store.remove_vcm(connection, id_):
                 if vcm is not None and vcm.granted:
-                    audit.append(connection, found.consumer, at=at, actor=actor, event="lease-stopped", subject=id_)
-                audit.append(connection, found.consumer, at=at, actor=actor, event="vcm-revoked", subject=f"{id_}: {reason}")
+                    audit.append(connection, owner, at=at, actor=actor, event="lease-stopped", subject=id_)
+                audit.append(connection, owner, at=at, actor=actor, event="vcm-revoked", subject=f"{id_}: {reason}")
             return gone
 
-        await self._finish(found.consumer, id_, [channel] if channel is not None else [], commit, serials)
+        await self._finish(owner, id_, [channel] if channel is not None else [], commit, serials)
 
     async def _finish(
         self,

@@ -27,6 +27,7 @@ from cipherfleet.contract.messages import CertificateRequest, Done
 from cipherfleet.contract.statements import Signed
 from cipherfleet.kmc import audit
 from cipherfleet.kmc.applications import Applications
+from cipherfleet.kmc.bulk import BulkReads
 from cipherfleet.kmc.center import Center
 from cipherfleet.kmc.channels import Channel
 from cipherfleet.kmc.enrolment import Enrolment
@@ -45,6 +46,7 @@ class KmcServer:
 
     def __init__(self, center: Center, credentials: Credentials) -> None:
         self.center = center
+        self._bulk = BulkReads()
         self.escrow = Escrow(center)
         self.service = Service(center, self.escrow)
         self.enrolment = Enrolment(center, self.escrow)
@@ -135,13 +137,15 @@ class KmcServer:
     async def _audit(self, call: Call) -> object:
         """A VCM gets its own consumer's lines, whatever it asks for."""
         consumer = call.peer.identity.consumer or _consumer_asked(call)
-        return AuditLog(await self.center.database.read(partial(audit.read, consumer=consumer)))
+        async with self._bulk.turn(call.peer.identity.consumer):
+            return AuditLog(await self.center.database.read(partial(audit.read, consumer=consumer)))
 
     async def _verify_audit(self, call: Call) -> object:
         """All lines are checked; the newest are shown."""
         consumer = _consumer_asked(call)
-        await self.center.database.read(partial(audit.verify, consumer=consumer))
-        return AuditLog(await self.center.database.read(partial(audit.read, consumer=consumer)))
+        async with self._bulk.turn(call.peer.identity.consumer):
+            await self.center.database.read(partial(audit.verify, consumer=consumer))
+            return AuditLog(await self.center.database.read(partial(audit.read, consumer=consumer)))
 
     # -- management ----------------------------------------------------------------------------------------------------
 
@@ -183,7 +187,8 @@ class KmcServer:
 
     async def _read_escrow(self, call: Call) -> object:
         await self.service.require_released(call.peer)
-        return await self.escrow.view(call.peer.identity.consumer)
+        async with self._bulk.turn(call.peer.identity.consumer):
+            return await self.escrow.view(call.peer.identity.consumer)
 
     async def _write_escrow(self, call: Call) -> object:
         request = await call.body(EscrowWrite)
@@ -217,7 +222,7 @@ class KmcServer:
 
     async def _terminal(self, call: Call) -> object:
         since = call.query("since", "0")
-        if not since.isascii() or not since.isdigit() or int(since[:12]) > MAX_SINCE:
+        if not since.isascii() or not since.isdigit() or len(since) > 10 or int(since) > MAX_SINCE:
             raise Malformed("since is the number of the newest change that the Ukey has seen")
         frames = await call.frames(TerminalToKmc)
         channel: Channel[KmcToTerminal] = Channel(frames)

@@ -26,10 +26,13 @@ from cipherfleet.contract.kmc_api import (
 from cipherfleet.kmc import store
 from cipherfleet.kmc.center import Center
 from cipherfleet.kmc.escrow import Escrow
+from cipherfleet.kmc.pace import Pace
 from cipherfleet.kmc.registry import Issued
 from cipherfleet.kmc.release import Release
 from cipherfleet.kmc.revocation import UKEY_REMOVED, Revocation
 from cipherfleet.kmc.sessions import ConsumerSession, Sessions, TerminalChannel, VcmChannel, VcmSession
+
+JOINS_PER_SECOND, JOINS_BURST = 1, 30
 
 
 class Service:
@@ -39,6 +42,7 @@ class Service:
         self._center = center
         self._sessions = Sessions(center.settings.lease_s)
         self._sessions.on_expired = self._expired
+        self._joins = Pace(JOINS_PER_SECOND, JOINS_BURST, "plugs its Ukey in")
         self._release = Release(center, escrow, self._sessions)
         self.revoke = Revocation(center, self._sessions)
         center.on_revoked.append(self._tell_revoked)
@@ -62,6 +66,7 @@ class Service:
         """The Ukey is in: the newest terminal counts, one that was there before is told to go. Raises ``ConsumerUnknown``."""
         consumer = peer.identity.consumer
         found = await self._center.database.read(partial(store.get_consumer, name=consumer))
+        self._joins.take(consumer, 1)  # each of them writes a line to disk
         await self._center.audit(consumer, peer.identity.uri, "terminal-joined", peer.identity.id)
         self._center.registry.check(peer)
         session = self._sessions.open(found)
@@ -198,7 +203,7 @@ class Service:
             self._sessions.spawn(self.revoke.service(session.consumer, reason, actor="kmc"))
 
     def _tell_revoked(self, serials: tuple[Serial, ...]) -> None:
-        for session in self._sessions.all():
-            theirs = set(serials).intersection(self._center.registry.revoked_of(session.consumer))
-            if theirs:
-                session.tell_vcms(CertificatesRevoked(tuple(sorted(theirs))))
+        for consumer, theirs in self._center.registry.by_consumer(serials).items():
+            session = self._sessions.get(consumer)
+            if session is not None:
+                session.tell_vcms(CertificatesRevoked(theirs))

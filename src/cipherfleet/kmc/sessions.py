@@ -40,6 +40,7 @@ class VcmSession:
         self.serving = vcm.serving
         self.signalled: TerminalChannel | None = None  # the terminal that got this VCM's download signal
         self.sealed_share = b""  # what only the card can open
+        self.delivered: VcmChannel | None = None  # where the CMK went, or is going: once per channel
         self.granted = False
         self.nonces = Nonces()
         self._wanted_since, self._wanted = 0.0, 0
@@ -152,8 +153,9 @@ class Sessions:
     def pop(self, consumer: ConsumerId) -> ConsumerSession | None:
         return self._sessions.pop(consumer, None)
 
-    def all(self) -> tuple[ConsumerSession, ...]:
-        return tuple(self._sessions.values())
+    def owner_of(self, vcm: VcmId) -> ConsumerId | None:
+        """Whose session holds this VCM, if any does."""
+        return next((consumer for consumer, session in self._sessions.items() if vcm in session.vcms), None)
 
     def watch(self, session: ConsumerSession) -> None:
         """Set the timer to the session's deadline."""

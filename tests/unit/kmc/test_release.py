@@ -17,6 +17,7 @@ from cipherfleet.contract.errors import (
     LeaseForeign,
     LeaseForged,
     LeaseReplayed,
+    LimitReached,
     Malformed,
     OutOfOrder,
     ServiceOff,
@@ -42,6 +43,7 @@ from cipherfleet.contract.kmc_api import (
 )
 from cipherfleet.contract.statements import CheckpointStatement, IdentityRequest, LeaseStatement, Purpose, Signed
 from cipherfleet.kmc.hsm import KeyHandle
+from cipherfleet.kmc.pace import Pace
 from tests.unit.kmc.world import SEALED, Conversation, TestConsumer, TestVcm, World, key_row, start_vcm
 
 
@@ -113,6 +115,36 @@ async def test_a_vcm_that_lost_its_channel_gets_the_cmk_again(world: World) -> N
     assert (await vcm.channel.next(CmkDelivered)).sealed_ukey_share == SEALED
     await vcm.channel.send(CmkLoaded())
     await vcm.heartbeat(terminal)
+
+
+async def test_a_vcm_that_asks_again_and_again_gets_the_cmk_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each delivery is a turn of the HSM's that all other consumers' leases wait for."""
+    alice, terminal, vcm = await ready(world)
+    await terminal.next(DownloadSignal)
+    rewraps = 0
+    real = world.hsm.rewrap
+
+    async def counted(handle: KeyHandle, wrapped: bytes, recipient: bytes) -> bytes:
+        nonlocal rewraps
+        rewraps += 1
+        return await real(handle, wrapped, recipient)
+
+    monkeypatch.setattr(world.hsm, "rewrap", counted)
+    await terminal.send(CmkReleased(vcm.id, alice.reply.ciphertext_cmk, SEALED))
+    for _ in range(50):
+        await vcm.channel.send(CardReady(vcm.card))
+    await vcm.channel.next(CmkDelivered)
+    await vcm.channel.send(CmkLoaded())
+    await vcm.heartbeat(terminal)
+    assert rewraps == 1
+
+
+async def test_a_terminal_that_joins_too_often_is_refused(world: World) -> None:
+    alice = await world.enrol()
+    world.kmc.service._joins = Pace(1 / 3600, 2)
+    for _ in range(2):
+        await alice.plug_in()
+    assert await refusal(await alice.plug_in()) == LimitReached.code
 
 
 @pytest.mark.parametrize(
@@ -453,7 +485,8 @@ async def test_a_new_card_ends_the_old_ones_leases(world: World) -> None:
 
 async def test_an_expired_certificate_gets_no_lease(world: World) -> None:
     _, _, vcm = await serving(world)
-    session = next(iter(world.kmc.service._sessions.all()))
+    session = world.kmc.service._sessions.get(ConsumerId("alice"))
+    assert session is not None
     session.vcms[vcm.id].certified_until = 0
     await vcm.channel.send(LeaseWanted(vcm.card, secrets.token_bytes(16)))
     assert await vcm.channel.closed() == []

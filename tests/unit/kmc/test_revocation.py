@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec import structs
@@ -312,6 +313,36 @@ async def test_a_stolen_ukey(world: World) -> None:
     found = await (await world.operator()).call("GET", "/v1/consumers", reply=ConsumerList)
     assert [(c.name, c.state) for c in found.consumers] == [("alice", "revoked")]
     assert [line for line in await world.audit_lines("alice") if line[0] == "ukey-revoked"] == [("ukey-revoked", "ok")]
+
+
+@pytest.mark.parametrize("what", ["ukey", "vcm"])
+async def test_it_is_off_before_the_disk_is_asked(world: World, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """However busy the database is: nothing is served meanwhile."""
+    alice, terminal, vcm = await serving(world)
+    asked, free = asyncio.Event(), asyncio.Event()
+    read, write = world.database.read, world.database.write
+
+    async def busy_read(*work: Any) -> Any:
+        asked.set()
+        await free.wait()
+        return await read(*work)
+
+    async def busy_write(*work: Any) -> Any:
+        asked.set()
+        await free.wait()
+        return await write(*work)
+
+    monkeypatch.setattr(world.database, "read", busy_read)
+    monkeypatch.setattr(world.database, "write", busy_write)
+    revoke = world.kmc.service.revoke
+    revoking = asyncio.create_task(revoke.ukey(alice.name, actor="o") if what == "ukey" else revoke.vcm(vcm.id, "gone", actor="o"))
+    await asked.wait()
+    assert isinstance((await vcm.channel.closed())[-1], Revoked)
+    if what == "ukey":
+        assert isinstance((await terminal.closed())[-1], TerminalRefused)
+    assert not revoking.done()
+    free.set()
+    await revoking
 
 
 async def test_a_stolen_ukey_is_revoked_once_and_for_good(world: World) -> None:
