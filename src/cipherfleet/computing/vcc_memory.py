@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 import threading
+from contextlib import suppress
 
 from cipherfleet.contract.errors import CardUnavailable
 from cipherfleet.contract.vcc import (
@@ -68,7 +69,8 @@ class Memory:
     def close(self) -> None:
         for view in (self.counters, self.submissions, self.completions, self.region):
             view.release()
-        self._map.close()
+        with suppress(BufferError):  # a view that an error's traceback still holds; the memory goes with it
+            self._map.close()
 
 
 def submission(index: int) -> slice:

@@ -4,7 +4,6 @@ import asyncio
 import os
 import socket
 import time
-from collections import deque
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -49,7 +48,7 @@ class RingCard:
         self._parts: _Parts | None = None
         self._number = 0
         self._pending: dict[int, _Pending] = {}
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._order, self._room = asyncio.Lock(), asyncio.Event()
         self._card_slept = False
         self._skip = self._in_vain = 0
 
@@ -102,10 +101,10 @@ class RingCard:
         """See ``VirtualCryptoCard``. Requests reach the card in the order of these calls. A cancelled call gives back what it opened."""
         if len(parameters) > MAX_PARAMETER_BYTES or len(data) > MAX_SUBMIT_BYTES:
             raise TooLarge(f"a request to a crypto card has at most {MAX_PARAMETER_BYTES} bytes of parameters, {MAX_DATA_BYTES} of data")
-        if self._waiting:
-            await self._turn()
-        while (number := self._push(operation, handle, parameters, data)) is None:
-            await self._turn(first=True)
+        async with self._order:
+            while (number := self._push(operation, handle, parameters, data)) is None:
+                self._room.clear()
+                await self._room.wait()
         future = self._pending[number].future
         self._spin(future, len(data))
         return await future
@@ -123,28 +122,6 @@ class RingCard:
         if self._card_slept:
             os.eventfd_write(parts.card_bell, 1)
         return number
-
-    async def _turn(self, *, first: bool = False) -> None:
-        """Wait for room, behind those who wait already."""
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if first:
-            self._waiting.appendleft(turn)
-        else:
-            self._waiting.append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            with suppress(ValueError):
-                self._waiting.remove(turn)
-            self._wake_next()
-            raise
-
-    def _wake_next(self) -> None:
-        while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
 
     def _spin(self, future: "asyncio.Future[Completion]", data_bytes: int) -> None:
         """Look for the answer a little while: to be woken costs more. Where that was in vain lately it is left out for some calls."""
@@ -183,7 +160,7 @@ class RingCard:
         for answer in answers:
             self._answered(answer)
         if answers:
-            self._wake_next()
+            self._room.set()
 
     def _answered(self, answer: Answered) -> None:
         pending = self._pending.pop(answer.number)
@@ -217,10 +194,7 @@ class RingCard:
         for request in pending.values():
             if not request.future.done():
                 request.future.set_exception(CardUnavailable("the crypto card is gone"))
-        for turn in self._waiting:
-            if not turn.done():
-                turn.set_result(None)
-        self._waiting.clear()
+        self._room.set()
 
 
 def _error(parameters: bytes) -> CipherfleetError:

@@ -142,6 +142,28 @@ async def test_many_requests_are_answered_each_with_its_own(alice: RingCard) -> 
         await alice.submit(Operation.RUN, handle=handle, parameters=stream(Verb.VERIFY_MAC, signature=mac.data), data=message)
 
 
+async def test_requests_that_wait_for_room_keep_their_order(alice: RingCard) -> None:
+    """A stream far longer than the region, all of it asked for at once."""
+    handle = await generate(alice)
+    plaintext = os.urandom(40 * 16 * CHUNK_BYTES)
+    begun = await alice.submit(Operation.BEGIN, handle=handle, parameters=stream(Verb.ENCRYPT))
+    view = memoryview(plaintext)
+    pieces = [view[i : i + 16 * CHUNK_BYTES] for i in range(0, len(plaintext), 16 * CHUNK_BYTES)]
+    calls = [asyncio.create_task(alice.submit(Operation.UPDATE, handle=begun.value, data=p)) for p in pieces]
+    calls.append(asyncio.create_task(alice.submit(Operation.FINISH, handle=begun.value, data=b"end")))
+    calls[7].cancel()
+    sealed = await asyncio.gather(*calls, return_exceptions=True)
+    assert isinstance(sealed[7], asyncio.CancelledError)
+    del pieces[7], sealed[7]
+    opened = await alice.submit(Operation.BEGIN, handle=handle, parameters=stream(Verb.DECRYPT, header=begun.data))
+    back = []
+    for answer in sealed:
+        assert not isinstance(answer, BaseException)
+        operation = Operation.UPDATE if answer is not sealed[-1] else Operation.FINISH
+        back.append((await alice.submit(operation, handle=opened.value, data=answer.data)).data)
+    assert b"".join(back) == b"".join(pieces) + b"end"
+
+
 async def test_the_largest_request(alice: RingCard) -> None:
     handle = await generate(alice)
     plaintext = bytes(MAX_DATA_BYTES)
