@@ -224,6 +224,15 @@ async def test_malformed_bodies(world: World, body: bytes) -> None:
             assert (await response.json())["error"]["code"] == "malformed"
 
 
+def test_what_cannot_be_decoded_quotes_nothing_but_names() -> None:
+    for raw in (b'{"nonce": "hunter2!", "expires_s": 1}', b'{"nonce": "aHVudGVyMg==", "expires_s": "hunter2"}', b'{"nonce": hunter2}'):
+        with pytest.raises(Malformed) as refused:
+            codec.decode(raw, Challenge)
+        assert "hunter" not in refused.value.message
+    with pytest.raises(Malformed, match="Nonsense"):
+        codec.decode(b'{"type": "Nonsense"}', Serving | LeaseWanted)  # type: ignore[arg-type]
+
+
 async def test_an_oversized_body_is_refused(world: World) -> None:
     assert await code_of(world.caller(), body=Challenge(b"x" * codec.MAX_BODY_BYTES, 0.0)) is TooLarge
     with pytest.raises(TooLarge):
