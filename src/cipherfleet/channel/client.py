@@ -132,8 +132,17 @@ class Caller:
                 connector = RelayConnector(self._relay, self._context, self._name)
             elif self._sockets is not None:
                 connector = aiohttp.TCPConnector(socket_factory=self._sockets)
-            self._session = aiohttp.ClientSession(connector=connector)
+            self._session = aiohttp.ClientSession(connector=connector, middlewares=(_stay_here,))
         return self._session
+
+
+async def _stay_here(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """No redirect is followed, of a call or of a channel: it would lead to a peer whose name nobody checks, or out of TLS."""
+    response = await handler(request)
+    if 300 <= response.status < 400:
+        response.close()
+        raise PeerError(f"the peer answered {response.status}: it sends us elsewhere")
+    return response
 
 
 class _Seam:

@@ -252,6 +252,35 @@ async def test_a_reply_without_a_reason(world: World) -> None:
     assert await code_of(world.caller(), path="/v1/raw", body=CHALLENGE) is PeerError
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_nobody_sends_us_elsewhere(world: World, scheme: str) -> None:
+    reached: list[str] = []
+
+    def reach(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reached.append(scheme)
+        writer.transport.abort()
+
+    elsewhere = await asyncio.start_server(reach, "127.0.0.1", 0)
+    port = elsewhere.sockets[0].getsockname()[1]
+
+    async def away(call: Call) -> web.Response:
+        return web.Response(status=307, headers={"Location": f"{scheme}://127.0.0.1:{port}/v1/echo"})
+
+    server = Server(world.platform.credentials(KMC))
+    for method in ("GET", "POST"):
+        server.route(method, "/v1/away", [Role.MACHINE], away)
+    async with elsewhere:
+        host, own_port = await server.start(("127.0.0.1", 0))
+        world.url = f"https://{host}:{own_port}"
+        assert await code_of(world.caller(), path="/v1/away", body=CHALLENGE) is PeerError
+        async with world.caller() as caller:
+            with pytest.raises(PeerError):
+                async with caller.frames("/v1/away", KmcToVcm):
+                    pass
+        await server.stop()
+    assert reached == []
+
+
 async def test_a_taken_port_is_said(world: World) -> None:
     port = int(world.url.rsplit(":", 1)[1])
     with pytest.raises(PortTaken):
