@@ -9,6 +9,9 @@ from cipherfleet.contract.errors import Malformed, TooLarge
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
+"""The largest message at all, an answer of the KMC's escrow."""
+MAX_CALL_BYTES = 256 * 1024
+"""What a server takes in a call or a frame, when the route says nothing else."""
 
 
 def encode(value: object) -> bytes:

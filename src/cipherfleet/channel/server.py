@@ -30,6 +30,7 @@ from cipherfleet.contract.errors import (
     NotPermitted,
     PortTaken,
     RouteUnknown,
+    TimedOut,
     TooLarge,
     Unsupported,
 )
@@ -38,6 +39,8 @@ from cipherfleet.contract.ids import Serial
 
 log = logging.getLogger(__name__)
 _http_log = logging.getLogger(f"{__name__}.http")
+
+BODY_TIMEOUT_S = 10.0
 
 T = TypeVar("T")
 F = TypeVar("F")
@@ -62,9 +65,16 @@ class Call:
         self.request = request
         self.peer = peer
 
-    async def body(self, kind: type[T]) -> T:
-        """The body as a ``kind``. Raises ``Malformed`` or ``TooLarge``."""
-        return codec.decode(await self.request.read(), kind, what="the request's body")
+    async def body(self, kind: type[T], *, limit: int = codec.MAX_CALL_BYTES) -> T:
+        """The body of at most ``limit`` bytes as a ``kind``. Raises ``Malformed``, ``TooLarge`` or ``TimedOut``."""
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                raw = await self.request.clone(client_max_size=limit).read()
+        except web.HTTPRequestEntityTooLarge as exc:
+            raise TooLarge(f"the request's body has more than {limit} bytes") from exc
+        except TimeoutError as exc:
+            raise TimedOut(f"the request's body was not here in {BODY_TIMEOUT_S:g} s") from exc
+        return codec.decode(raw, kind, what="the request's body")
 
     def path(self, name: str, kind: Callable[[str], T]) -> T:
         """A part of the path as an id. Raises ``Malformed`` when it is not one."""
@@ -80,7 +90,7 @@ class Call:
         """Turn the connection into a channel of frames; ``receives`` is the base class (a tagged union) of what comes in."""
         if self.request.headers.get("Upgrade", "").lower() != "websocket":
             raise Unsupported("this route is a channel, connect with a WebSocket")
-        socket_ = web.WebSocketResponse(heartbeat=5.0, max_msg_size=codec.MAX_BODY_BYTES, compress=False)
+        socket_ = web.WebSocketResponse(heartbeat=5.0, max_msg_size=codec.MAX_CALL_BYTES, compress=False)
         await socket_.prepare(self.request)
         return Frames(socket_, receives)
 
@@ -112,7 +122,7 @@ class Server:
         self._runner: web.AppRunner | None = None
         self._gate: Gate | None = None
         self._listener: asyncio.Server | None = None
-        self._app = web.Application(client_max_size=codec.MAX_BODY_BYTES, middlewares=[self._guard])
+        self._app = web.Application(middlewares=[self._guard])
 
     def route(self, method: str, path: str, roles: Collection[Role], handler: Handler) -> None:
         """Serve ``handler`` on ``path`` to peers of ``roles`` alone."""
@@ -216,8 +226,6 @@ class Server:
             return await handler(request)
         except CipherfleetError as exc:
             error = exc
-        except web.HTTPRequestEntityTooLarge:
-            error = TooLarge(f"the request's body has more than {codec.MAX_BODY_BYTES} bytes")
         except web.HTTPException as exc:
             if exc.status not in (404, 405):
                 error = Malformed(f"HTTP {exc.status}: {exc.reason}")

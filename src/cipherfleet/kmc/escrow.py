@@ -33,6 +33,7 @@ from cipherfleet.kmc.schema import consumers, log, rows, statements
 # A consumer's whole view travels in one answer of at most 16 MiB (base64 included), and these bounds keep it below.
 MAX_WRITES = 64
 MAX_ROW_PART_BYTES = 8 * 1024
+MAX_WRITE_BYTES = 2 * 1024 * 1024
 MAX_KEYS = 4096
 MAX_ROWS = 16_384
 MAX_ROW_BYTES = 4 * 1024 * 1024

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from cipherfleet.channel import codec, tls
+from cipherfleet.channel import codec, server, tls
 from cipherfleet.channel.certificates import Credentials, check_chain, identity_of, leaf
 from cipherfleet.channel.client import Caller
 from cipherfleet.channel.server import Call, Server
@@ -54,6 +54,7 @@ class World:
         self.received: list[Any] = []
         for path, handler in {
             "/v1/echo": self.echo,
+            "/v1/large": lambda call: call.body(Challenge, limit=2 * codec.MAX_CALL_BYTES),
             "/v1/fail": self.fail,
             "/v1/crash": self.crash,
             "/v1/hang": self.hang,
@@ -234,9 +235,38 @@ def test_what_cannot_be_decoded_quotes_nothing_but_names() -> None:
 
 
 async def test_an_oversized_body_is_refused(world: World) -> None:
-    assert await code_of(world.caller(), body=Challenge(b"x" * codec.MAX_BODY_BYTES, 0.0)) is TooLarge
+    fits, too_large = Challenge(b"x" * (codec.MAX_CALL_BYTES // 2), 0.0), Challenge(b"x" * codec.MAX_CALL_BYTES, 0.0)
+    async with world.caller() as caller:
+        assert await caller.call("POST", "/v1/echo", fits, reply=Challenge) == fits
+        assert await caller.call("POST", "/v1/large", too_large, reply=Challenge) == too_large
+    assert await code_of(world.caller(), body=too_large) is TooLarge
+    assert await code_of(world.caller(), path="/v1/large", body=Challenge(b"x" * 2 * codec.MAX_CALL_BYTES, 0.0)) is TooLarge
     with pytest.raises(TooLarge):
         codec.decode(b"x" * 11, Challenge, limit=10)
+
+
+async def test_a_body_that_does_not_come_is_given_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "BODY_TIMEOUT_S", 0.1)
+
+    async def stalls() -> AsyncIterator[bytes]:
+        yield b'{"nonce": "'
+        await answered.wait()
+
+    answered = asyncio.Event()
+    context = tls.client_context(world.platform.credentials(M1))
+    async with aiohttp.ClientSession() as session, asyncio.timeout(5):
+        request = session.post(world.url + "/v1/echo", data=stalls(), ssl=context, server_hostname=KMC.dns_name)
+        async with request as response:
+            assert response.status == 504
+            assert (await response.json())["error"]["code"] == "timed-out"
+        answered.set()
+
+
+async def test_an_oversized_frame_ends_its_channel(world: World) -> None:
+    async with world.caller() as caller, caller.frames("/v1/frames", KmcToVcm) as channel:
+        await channel.send(LeaseWanted("card-m1-00000000", b"n" * codec.MAX_CALL_BYTES))  # type: ignore[arg-type]
+        assert [frame async for frame in channel] == []
+    assert world.received == []
 
 
 async def test_a_peer_that_is_not_there(world: World) -> None:
@@ -266,18 +296,18 @@ async def test_nobody_sends_us_elsewhere(world: World, scheme: str) -> None:
     async def away(call: Call) -> web.Response:
         return web.Response(status=307, headers={"Location": f"{scheme}://127.0.0.1:{port}/v1/echo"})
 
-    server = Server(world.platform.credentials(KMC))
+    other = Server(world.platform.credentials(KMC))
     for method in ("GET", "POST"):
-        server.route(method, "/v1/away", [Role.MACHINE], away)
+        other.route(method, "/v1/away", [Role.MACHINE], away)
     async with elsewhere:
-        host, own_port = await server.start(("127.0.0.1", 0))
+        host, own_port = await other.start(("127.0.0.1", 0))
         world.url = f"https://{host}:{own_port}"
         assert await code_of(world.caller(), path="/v1/away", body=CHALLENGE) is PeerError
         async with world.caller() as caller:
             with pytest.raises(PeerError):
                 async with caller.frames("/v1/away", KmcToVcm):
                     pass
-        await server.stop()
+        await other.stop()
     assert reached == []
 
 

@@ -101,6 +101,14 @@ async def test_material_is_written_once(alice: TestConsumer, vcm: TestVcm) -> No
     assert checked(view, alice).sequence == 1
 
 
+async def test_the_largest_write_comes_through(vcm: TestVcm) -> None:
+    largest = structs.replace(key_row("alice"), wrapped=bytes(escrow.MAX_ROW_PART_BYTES))
+    label = " " * (escrow.MAX_ROW_PART_BYTES - len(largest.attributes))
+    largest = structs.replace(largest, attributes=largest.attributes + label.encode())
+    writes = [RowWrite(structs.replace(largest, key=new_key_id())) for _ in range(escrow.MAX_WRITES)]
+    assert len((await vcm.write(*writes)).log) == escrow.MAX_WRITES
+
+
 async def test_all_or_nothing(world: World, vcm: TestVcm) -> None:
     good = key_row("alice")
     with pytest.raises(StateConflict):
