@@ -19,7 +19,14 @@ from aiohttp import web
 from cipherfleet.channel import codec, tls
 from cipherfleet.channel.certificates import Credentials, peer_of
 from cipherfleet.channel.frames import Frames
-from cipherfleet.channel.gate import HANDSHAKE_TIMEOUT_S, HEADER_TIMEOUT_S, MAX_CONNECTIONS, Gate
+from cipherfleet.channel.gate import (
+    HANDSHAKE_TIMEOUT_S,
+    HEADER_TIMEOUT_S,
+    KEEPALIVE_TIMEOUT_S,
+    MAX_CONNECTIONS,
+    MAX_PER_CERTIFICATE,
+    Gate,
+)
 from cipherfleet.contract.errors import (
     CertificateExpired,
     CertificateInvalid,
@@ -97,6 +104,8 @@ class Call:
 
 Handler = Callable[[Call], Awaitable[object]]
 
+_CALL = web.RequestKey("call", Call)
+
 
 class Server:
     """``async with Server(...)`` is not offered on purpose: a server is started after its routes are complete."""
@@ -110,15 +119,22 @@ class Server:
         wall_clock: Callable[[], float] = time.time,
         handshake_timeout: float = HANDSHAKE_TIMEOUT_S,
         header_timeout: float = HEADER_TIMEOUT_S,
+        keepalive_timeout: float = KEEPALIVE_TIMEOUT_S,
         max_connections: int = MAX_CONNECTIONS,
+        max_per_certificate: int = MAX_PER_CERTIFICATE,
     ) -> None:
-        """``handshake_timeout`` and ``header_timeout`` are seconds: the latter for a connection's first request."""
+        """The timeouts are seconds: ``header_timeout`` for a connection's first request, ``keepalive_timeout`` between two.
+
+        The latter has to be longer than the callers': whoever hangs up first must not be the one that is being asked.
+        """
         self._context = tls.server_context(credentials, minimum=minimum)
         self._check_peer = check_peer
         self._wall_clock = wall_clock
         self._connections: dict[asyncio.BaseTransport, Peer] = {}
         self._revoked: set[Serial] = set()
-        self._handshake_timeout, self._header_timeout, self._max_connections = handshake_timeout, header_timeout, max_connections
+        self._crowded: set[Serial] = set()
+        self._handshake_timeout, self._header_timeout, self._keepalive_timeout = handshake_timeout, header_timeout, keepalive_timeout
+        self._max_connections, self._max_per_certificate = max_connections, max_per_certificate
         self._runner: web.AppRunner | None = None
         self._gate: Gate | None = None
         self._listener: asyncio.Server | None = None
@@ -132,7 +148,8 @@ class Server:
             peer = self.peer(request)
             if peer.identity.role not in allowed:
                 raise NotPermitted(f"{peer.identity.role} may not call {method} {path}")
-            answer = await handler(Call(request, peer))
+            call = request[_CALL] = Call(request, peer)
+            answer = await handler(call)
             if isinstance(answer, web.StreamResponse):
                 return answer
             return web.Response(body=codec.encode(answer), content_type="application/json")
@@ -140,21 +157,10 @@ class Server:
         self._app.router.add_route(method, path, serve)
 
     def peer(self, request: web.Request) -> Peer:
-        """Who is at the other end. Raises ``CertificateInvalid``, ``CertificateExpired`` or ``CertificateRevoked``."""
-        transport = request.transport
-        if transport is None:
+        """Who is at the other end. Raises ``CertificateExpired``, ``CertificateRevoked`` or what ``check_peer`` does."""
+        peer = self._connections.get(request.transport) if request.transport is not None else None
+        if peer is None:  # it was closed just now
             raise ConnectionResetError
-        peer = self._connections.get(transport)
-        if peer is None:
-            tls_object = transport.get_extra_info("ssl_object")
-            der = tls_object.getpeercert(binary_form=True) if tls_object is not None else None
-            if der is None:
-                raise CertificateInvalid("the caller shows no certificate")
-            peer = peer_of(der)
-            gone = [t for t in self._connections if t.is_closing()]
-            for closed in gone:
-                del self._connections[closed]
-            self._connections[transport] = peer
         if peer.serial in self._revoked:
             raise CertificateRevoked(f"the certificate of {peer.identity.uri} is revoked")
         if peer.not_after < self._wall_clock():
@@ -191,11 +197,17 @@ class Server:
     async def start(self, address: tuple[str, int] | socket.socket) -> tuple[str, int]:
         """Listen, and say where. Raises ``PortTaken``."""
         self._runner = web.AppRunner(
-            self._app, access_log=None, shutdown_timeout=1.0, handle_signals=False, auto_decompress=False, logger=_http_log
+            self._app,
+            access_log=None,
+            shutdown_timeout=1.0,
+            keepalive_timeout=self._keepalive_timeout,
+            handle_signals=False,
+            auto_decompress=False,
+            logger=_http_log,
         )
         await self._runner.setup()
         assert self._runner.server is not None  # noqa: S101 - it was set up
-        self._gate = Gate(self._runner.server, header_timeout=self._header_timeout, max_connections=self._max_connections)
+        self._gate = Gate(self._runner.server, self._admit, header_timeout=self._header_timeout, max_connections=self._max_connections)
         try:
             listener = await self._gate.listen(address, self._context, handshake_timeout=self._handshake_timeout)
         except OSError as exc:
@@ -213,6 +225,22 @@ class Server:
             self.close_connections()
             await self._runner.cleanup()
             self._runner = None
+
+    def _admit(self, transport: asyncio.BaseTransport) -> bool:
+        """Note whose connection this is; ``False`` if it is nobody's of ours, or one too many of its certificate."""
+        try:
+            peer = peer_of(transport.get_extra_info("ssl_object").getpeercert(binary_form=True))
+        except CertificateInvalid:
+            return False
+        for closed in [t for t in self._connections if t.is_closing()]:
+            del self._connections[closed]
+        if sum(other.serial == peer.serial for other in self._connections.values()) < self._max_per_certificate:
+            self._connections[transport] = peer
+            return True
+        if peer.serial not in self._crowded:  # once, as a log can be filled, too
+            self._crowded.add(peer.serial)
+            log.warning("connections of %s are refused: there are %d", peer.identity.uri, self._max_per_certificate)
+        return False
 
     def _abort(self, transport: asyncio.BaseTransport) -> None:
         self._connections.pop(transport, None)
@@ -241,7 +269,10 @@ class Server:
             place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "?"
             log.error("internal error in %s %s: %s at %s", request.method, request.path, type(exc).__name__, place)  # noqa: TRY400
             error = Internal("something went wrong on our side")
-        return web.Response(status=error.status, body=codec.encode(error.to_reply()), content_type="application/json")
+        refusal = web.Response(status=error.status, body=codec.encode(error.to_reply()), content_type="application/json")
+        if _CALL not in request:  # who has no business here keeps no connection
+            refusal.force_close()
+        return refusal
 
 
 __all__ = ["Call", "Handler", "Server"]
