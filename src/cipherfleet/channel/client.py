@@ -28,6 +28,11 @@ from cipherfleet.contract.errors import (
 )
 from cipherfleet.contract.messages import Done
 
+KEEP_S = 15.0
+"""How long a connection is kept for the next call: a server keeps it longer, or a call might meet one that is being closed."""
+MAX_CONNECTIONS = 32
+"""At once: a server takes more of one certificate. Further calls wait for their turn."""
+
 T = TypeVar("T")
 
 
@@ -35,7 +40,7 @@ class RelayConnector(BaseConnector):
     """TLS over a unix socket whose other end relays to the server: the one way out of a VCM's empty network."""
 
     def __init__(self, path: str, context: ssl.SSLContext, server_name: str) -> None:
-        super().__init__()
+        super().__init__(keepalive_timeout=KEEP_S, limit=MAX_CONNECTIONS)
         self._path, self._context, self._server_name = path, context, server_name
 
     async def _create_connection(self, req: Any, traces: Any, timeout: Any) -> ResponseHandler:
@@ -127,13 +132,22 @@ class Caller:
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None or self._session.closed:
-            connector: BaseConnector | None = None
+            connector: BaseConnector
             if self._relay is not None:
                 connector = RelayConnector(self._relay, self._context, self._name)
-            elif self._sockets is not None:
-                connector = aiohttp.TCPConnector(socket_factory=self._sockets)
-            self._session = aiohttp.ClientSession(connector=connector)
+            else:
+                connector = aiohttp.TCPConnector(socket_factory=self._sockets, keepalive_timeout=KEEP_S, limit=MAX_CONNECTIONS)
+            self._session = aiohttp.ClientSession(connector=connector, middlewares=(_stay_here,))
         return self._session
+
+
+async def _stay_here(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """No redirect is followed, of a call or of a channel: it would lead to a peer whose name nobody checks, or out of TLS."""
+    response = await handler(request)
+    if 300 <= response.status < 400:
+        response.close()
+        raise PeerError(f"the peer answered {response.status}: it sends us elsewhere")
+    return response
 
 
 class _Seam:

@@ -1,12 +1,15 @@
 """Who may hold a connection: the first thing a server does with one, after its handshake and before HTTP.
 
-A connection that says nothing costs a descriptor, so it has a time to say something, and there is a number of all of them.
+A connection that says nothing costs a descriptor, so it has a time to say something, and there is a number of all of them,
+and of those that show one certificate.
 """
 
 import asyncio
 import logging
 import resource
 import ssl
+from collections.abc import Callable
+from functools import partial
 from socket import socket
 
 from aiohttp import web
@@ -15,14 +18,21 @@ log = logging.getLogger(__name__)
 
 HANDSHAKE_TIMEOUT_S = 5.0
 HEADER_TIMEOUT_S = 10.0
+KEEPALIVE_TIMEOUT_S = 30.0
 MAX_CONNECTIONS = 4096
+MAX_PER_CERTIFICATE = 64
 
 
 class Gate:
-    """Lets connections through to ``server``, as many as ``max_connections``; who sends no whole header in time is cut off."""
+    """Lets connections through to ``server``, as many as ``max_connections``; who sends no whole header in time is cut off.
 
-    def __init__(self, server: web.Server, *, header_timeout: float, max_connections: int) -> None:
-        self._server, self._header_timeout = server, header_timeout
+    ``admit`` may refuse one by its certificate.
+    """
+
+    def __init__(
+        self, server: web.Server, admit: Callable[[asyncio.Transport], bool], *, header_timeout: float, max_connections: int
+    ) -> None:
+        self._server, self._admit, self._header_timeout = server, admit, header_timeout
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         # A quarter of the descriptors is left to handshakes and to all else that the process does.
         self._max_connections = max_connections if files == resource.RLIM_INFINITY else min(max_connections, files * 3 // 4)
@@ -30,15 +40,18 @@ class Gate:
         self._silent: dict[asyncio.BaseTransport, asyncio.TimerHandle] = {}
 
     async def listen(self, address: tuple[str, int] | socket, context: ssl.SSLContext, *, handshake_timeout: float) -> asyncio.Server:
-        """Raises ``OSError``. Who does not finish the handshake in ``handshake_timeout`` seconds is cut off."""
-        loop = asyncio.get_running_loop()
-        if isinstance(address, socket):
-            return await loop.create_server(
-                lambda: _Entrance(self), sock=address, ssl=context, ssl_handshake_timeout=handshake_timeout, backlog=128
-            )
-        return await loop.create_server(
-            lambda: _Entrance(self), *address, ssl=context, ssl_handshake_timeout=handshake_timeout, backlog=128, reuse_address=True
+        """Raises ``OSError``. Who does not finish the handshake, or the goodbye, in ``handshake_timeout`` seconds is cut off."""
+        create_server = partial(
+            asyncio.get_running_loop().create_server,
+            lambda: _Entrance(self),
+            ssl=context,
+            ssl_handshake_timeout=handshake_timeout,
+            ssl_shutdown_timeout=handshake_timeout,
+            backlog=128,
         )
+        if isinstance(address, socket):
+            return await create_server(sock=address)
+        return await create_server(*address, reuse_address=True)
 
     def enter(self, transport: asyncio.Transport) -> None:
         """A new connection, its handshake done."""
@@ -46,6 +59,9 @@ class Gate:
         if self._full:
             if not was_full:  # once, as a log can be filled, too
                 log.warning("connections are refused: there are %d", self._max_connections)
+            transport.abort()
+            return
+        if not self._admit(transport):
             transport.abort()
             return
         handler = self._server()
@@ -79,4 +95,4 @@ class _Entrance(asyncio.Protocol):
         self._gate.enter(transport)  # type: ignore[arg-type]
 
 
-__all__ = ["HANDSHAKE_TIMEOUT_S", "HEADER_TIMEOUT_S", "MAX_CONNECTIONS", "Gate"]
+__all__ = ["HANDSHAKE_TIMEOUT_S", "HEADER_TIMEOUT_S", "KEEPALIVE_TIMEOUT_S", "MAX_CONNECTIONS", "MAX_PER_CERTIFICATE", "Gate"]

@@ -19,7 +19,14 @@ from aiohttp import web
 from cipherfleet.channel import codec, tls
 from cipherfleet.channel.certificates import Credentials, peer_of
 from cipherfleet.channel.frames import Frames
-from cipherfleet.channel.gate import HANDSHAKE_TIMEOUT_S, HEADER_TIMEOUT_S, MAX_CONNECTIONS, Gate
+from cipherfleet.channel.gate import (
+    HANDSHAKE_TIMEOUT_S,
+    HEADER_TIMEOUT_S,
+    KEEPALIVE_TIMEOUT_S,
+    MAX_CONNECTIONS,
+    MAX_PER_CERTIFICATE,
+    Gate,
+)
 from cipherfleet.contract.errors import (
     CertificateExpired,
     CertificateInvalid,
@@ -30,6 +37,7 @@ from cipherfleet.contract.errors import (
     NotPermitted,
     PortTaken,
     RouteUnknown,
+    TimedOut,
     TooLarge,
     Unsupported,
 )
@@ -38,6 +46,8 @@ from cipherfleet.contract.ids import Serial
 
 log = logging.getLogger(__name__)
 _http_log = logging.getLogger(f"{__name__}.http")
+
+BODY_TIMEOUT_S = 10.0
 
 T = TypeVar("T")
 F = TypeVar("F")
@@ -62,9 +72,16 @@ class Call:
         self.request = request
         self.peer = peer
 
-    async def body(self, kind: type[T]) -> T:
-        """The body as a ``kind``. Raises ``Malformed`` or ``TooLarge``."""
-        return codec.decode(await self.request.read(), kind, what="the request's body")
+    async def body(self, kind: type[T], *, limit: int = codec.MAX_CALL_BYTES) -> T:
+        """The body of at most ``limit`` bytes as a ``kind``. Raises ``Malformed``, ``TooLarge`` or ``TimedOut``."""
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                raw = await self.request.clone(client_max_size=limit).read()
+        except web.HTTPRequestEntityTooLarge as exc:
+            raise TooLarge(f"the request's body has more than {limit} bytes") from exc
+        except TimeoutError as exc:
+            raise TimedOut(f"the request's body was not here in {BODY_TIMEOUT_S:g} s") from exc
+        return codec.decode(raw, kind, what="the request's body")
 
     def path(self, name: str, kind: Callable[[str], T]) -> T:
         """A part of the path as an id. Raises ``Malformed`` when it is not one."""
@@ -80,12 +97,14 @@ class Call:
         """Turn the connection into a channel of frames; ``receives`` is the base class (a tagged union) of what comes in."""
         if self.request.headers.get("Upgrade", "").lower() != "websocket":
             raise Unsupported("this route is a channel, connect with a WebSocket")
-        socket_ = web.WebSocketResponse(heartbeat=5.0, max_msg_size=codec.MAX_BODY_BYTES, compress=False)
+        socket_ = web.WebSocketResponse(heartbeat=5.0, max_msg_size=codec.MAX_CALL_BYTES, compress=False)
         await socket_.prepare(self.request)
         return Frames(socket_, receives)
 
 
 Handler = Callable[[Call], Awaitable[object]]
+
+_CALL = web.RequestKey("call", Call)
 
 
 class Server:
@@ -100,19 +119,26 @@ class Server:
         wall_clock: Callable[[], float] = time.time,
         handshake_timeout: float = HANDSHAKE_TIMEOUT_S,
         header_timeout: float = HEADER_TIMEOUT_S,
+        keepalive_timeout: float = KEEPALIVE_TIMEOUT_S,
         max_connections: int = MAX_CONNECTIONS,
+        max_per_certificate: int = MAX_PER_CERTIFICATE,
     ) -> None:
-        """``handshake_timeout`` and ``header_timeout`` are seconds: the latter for a connection's first request."""
+        """The timeouts are seconds: ``header_timeout`` for a connection's first request, ``keepalive_timeout`` between two.
+
+        The latter has to be longer than the callers': whoever hangs up first must not be the one that is being asked.
+        """
         self._context = tls.server_context(credentials, minimum=minimum)
         self._check_peer = check_peer
         self._wall_clock = wall_clock
         self._connections: dict[asyncio.BaseTransport, Peer] = {}
         self._revoked: set[Serial] = set()
-        self._handshake_timeout, self._header_timeout, self._max_connections = handshake_timeout, header_timeout, max_connections
+        self._crowded: set[Serial] = set()
+        self._handshake_timeout, self._header_timeout, self._keepalive_timeout = handshake_timeout, header_timeout, keepalive_timeout
+        self._max_connections, self._max_per_certificate = max_connections, max_per_certificate
         self._runner: web.AppRunner | None = None
         self._gate: Gate | None = None
         self._listener: asyncio.Server | None = None
-        self._app = web.Application(client_max_size=codec.MAX_BODY_BYTES, middlewares=[self._guard])
+        self._app = web.Application(middlewares=[self._guard])
 
     def route(self, method: str, path: str, roles: Collection[Role], handler: Handler) -> None:
         """Serve ``handler`` on ``path`` to peers of ``roles`` alone."""
@@ -122,7 +148,8 @@ class Server:
             peer = self.peer(request)
             if peer.identity.role not in allowed:
                 raise NotPermitted(f"{peer.identity.role} may not call {method} {path}")
-            answer = await handler(Call(request, peer))
+            call = request[_CALL] = Call(request, peer)
+            answer = await handler(call)
             if isinstance(answer, web.StreamResponse):
                 return answer
             return web.Response(body=codec.encode(answer), content_type="application/json")
@@ -130,21 +157,10 @@ class Server:
         self._app.router.add_route(method, path, serve)
 
     def peer(self, request: web.Request) -> Peer:
-        """Who is at the other end. Raises ``CertificateInvalid``, ``CertificateExpired`` or ``CertificateRevoked``."""
-        transport = request.transport
-        if transport is None:
+        """Who is at the other end. Raises ``CertificateExpired``, ``CertificateRevoked`` or what ``check_peer`` does."""
+        peer = self._connections.get(request.transport) if request.transport is not None else None
+        if peer is None:  # it was closed just now
             raise ConnectionResetError
-        peer = self._connections.get(transport)
-        if peer is None:
-            tls_object = transport.get_extra_info("ssl_object")
-            der = tls_object.getpeercert(binary_form=True) if tls_object is not None else None
-            if der is None:
-                raise CertificateInvalid("the caller shows no certificate")
-            peer = peer_of(der)
-            gone = [t for t in self._connections if t.is_closing()]
-            for closed in gone:
-                del self._connections[closed]
-            self._connections[transport] = peer
         if peer.serial in self._revoked:
             raise CertificateRevoked(f"the certificate of {peer.identity.uri} is revoked")
         if peer.not_after < self._wall_clock():
@@ -181,11 +197,17 @@ class Server:
     async def start(self, address: tuple[str, int] | socket.socket) -> tuple[str, int]:
         """Listen, and say where. Raises ``PortTaken``."""
         self._runner = web.AppRunner(
-            self._app, access_log=None, shutdown_timeout=1.0, handle_signals=False, auto_decompress=False, logger=_http_log
+            self._app,
+            access_log=None,
+            shutdown_timeout=1.0,
+            keepalive_timeout=self._keepalive_timeout,
+            handle_signals=False,
+            auto_decompress=False,
+            logger=_http_log,
         )
         await self._runner.setup()
         assert self._runner.server is not None  # noqa: S101 - it was set up
-        self._gate = Gate(self._runner.server, header_timeout=self._header_timeout, max_connections=self._max_connections)
+        self._gate = Gate(self._runner.server, self._admit, header_timeout=self._header_timeout, max_connections=self._max_connections)
         try:
             listener = await self._gate.listen(address, self._context, handshake_timeout=self._handshake_timeout)
         except OSError as exc:
@@ -204,6 +226,22 @@ class Server:
             await self._runner.cleanup()
             self._runner = None
 
+    def _admit(self, transport: asyncio.BaseTransport) -> bool:
+        """Note whose connection this is; ``False`` if it is nobody's of ours, or one too many of its certificate."""
+        try:
+            peer = peer_of(transport.get_extra_info("ssl_object").getpeercert(binary_form=True))
+        except CertificateInvalid:
+            return False
+        for closed in [t for t in self._connections if t.is_closing()]:
+            del self._connections[closed]
+        if sum(other.serial == peer.serial for other in self._connections.values()) < self._max_per_certificate:
+            self._connections[transport] = peer
+            return True
+        if peer.serial not in self._crowded:  # once, as a log can be filled, too
+            self._crowded.add(peer.serial)
+            log.warning("connections of %s are refused: there are %d", peer.identity.uri, self._max_per_certificate)
+        return False
+
     def _abort(self, transport: asyncio.BaseTransport) -> None:
         self._connections.pop(transport, None)
         transport.abort()  # type: ignore[attr-defined]
@@ -216,8 +254,6 @@ class Server:
             return await handler(request)
         except CipherfleetError as exc:
             error = exc
-        except web.HTTPRequestEntityTooLarge:
-            error = TooLarge(f"the request's body has more than {codec.MAX_BODY_BYTES} bytes")
         except web.HTTPException as exc:
             if exc.status not in (404, 405):
                 error = Malformed(f"HTTP {exc.status}: {exc.reason}")
@@ -233,7 +269,10 @@ class Server:
             place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "?"
             log.error("internal error in %s %s: %s at %s", request.method, request.path, type(exc).__name__, place)  # noqa: TRY400
             error = Internal("something went wrong on our side")
-        return web.Response(status=error.status, body=codec.encode(error.to_reply()), content_type="application/json")
+        refusal = web.Response(status=error.status, body=codec.encode(error.to_reply()), content_type="application/json")
+        if _CALL not in request:  # who has no business here keeps no connection
+            refusal.force_close()
+        return refusal
 
 
 __all__ = ["Call", "Handler", "Server"]

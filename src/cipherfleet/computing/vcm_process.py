@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 RETRY_S = 1.0
 LOOK_S = 5.0
 FAREWELL_S = 0.03
+KEEPALIVE_TIMEOUT_S = 330.0  # applications keep a connection for 300 s
+MAX_PER_CERTIFICATE = 1024  # of one application, which may run in many processes
 
 Mount = Callable[[Server, VcmHost], None]
 
@@ -145,7 +147,13 @@ class OwnCertificate:
 
     def server(self, vcm: Vcm) -> Server:
         assert self._credentials is not None  # noqa: S101 - take() came first
-        self._server = Server(self._credentials, minimum=ssl.TLSVersion.TLSv1_2, check_peer=vcm.check_peer)
+        self._server = Server(
+            self._credentials,
+            minimum=ssl.TLSVersion.TLSv1_2,
+            check_peer=vcm.check_peer,
+            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
+            max_per_certificate=MAX_PER_CERTIFICATE,
+        )
         return self._server
 
     async def keep_fresh(self) -> None:

@@ -203,8 +203,14 @@ def check_view(consumer: ConsumerId, view: EscrowView, checkpoint: Seen, seen: S
 
 
 def check_follows(row: EscrowRow, previous: bytes) -> None:
-    """That a key's attributes replace what the log has before them (a digest, or empty). Raises ``EscrowRolledBack``."""
+    """That a key's attributes replace what the log has before them (a digest, or empty), and that its material replaces nothing.
+
+    Raises ``EscrowRolledBack`` or ``EscrowRowTampered``.
+    """
     if row.version != 0:
+        # A sibling that was made and kept back is sealed just as well: the material of a version is the one written first.
+        if previous:
+            raise EscrowRolledBack(f"row {row.subject} was written a second time")
         return
     try:
         attributes = decode_attributes(row)

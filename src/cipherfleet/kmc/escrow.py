@@ -33,6 +33,7 @@ from cipherfleet.kmc.schema import consumers, log, rows, statements
 # A consumer's whole view travels in one answer of at most 16 MiB (base64 included), and these bounds keep it below.
 MAX_WRITES = 64
 MAX_ROW_PART_BYTES = 8 * 1024
+MAX_WRITE_BYTES = 2 * 1024 * 1024
 MAX_KEYS = 4096
 MAX_ROWS = 16_384
 MAX_ROW_BYTES = 4 * 1024 * 1024
@@ -119,7 +120,10 @@ def point_of(consumer: store.Consumer) -> Seen:
 
 
 def check_write(consumer: ConsumerId, request: EscrowWrite) -> None:
-    """The bounds of a write, and that it is the caller's own. Raises ``Malformed``, ``TooLarge`` or ``ForeignConsumer``."""
+    """The bounds of a write, and that it is the caller's own.
+
+    Raises ``Malformed``, ``TooLarge``, ``ForeignConsumer`` or ``StateConflict``.
+    """
     if not 1 <= len(request.writes) <= MAX_WRITES:
         raise Malformed(f"a write has 1 to {MAX_WRITES} rows, not {len(request.writes)}")
     if len(request.event) > 64 or not request.event.isprintable() or not request.actor.isprintable():
@@ -136,6 +140,9 @@ def check_write(consumer: ConsumerId, request: EscrowWrite) -> None:
             raise Malformed(f"row {row.subject} is not wrapped")
         if write.previous and len(write.previous) != 32:
             raise Malformed(f"row {row.subject} names no previous digest")
+        if row.version != 0 and write.previous:
+            # What was encrypted under the material would be lost, and no VCM would take the consumer's escrow any more.
+            raise StateConflict(f"row {row.subject} is key material, which is written once")
         decode_attributes(row)
 
 

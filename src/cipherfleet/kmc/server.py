@@ -31,7 +31,7 @@ from cipherfleet.kmc.bulk import BulkReads
 from cipherfleet.kmc.center import Center
 from cipherfleet.kmc.channels import Channel
 from cipherfleet.kmc.enrolment import Enrolment
-from cipherfleet.kmc.escrow import Escrow
+from cipherfleet.kmc.escrow import MAX_WRITE_BYTES, Escrow
 from cipherfleet.kmc.identity import IdentityDesk
 from cipherfleet.kmc.service import Service
 from cipherfleet.kmc.sessions import ConsumerSession
@@ -191,7 +191,7 @@ class KmcServer:
             return await self.escrow.view(call.peer.identity.consumer)
 
     async def _write_escrow(self, call: Call) -> object:
-        request = await call.body(EscrowWrite)
+        request = await call.body(EscrowWrite, limit=MAX_WRITE_BYTES)
         await self.service.require_released(call.peer)
         consumer, id_ = call.peer.identity.consumer, VcmId(call.peer.identity.id)
         receipt = await self.escrow.write(consumer, request, via=id_)

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from cipherfleet.channel import codec, tls
+from cipherfleet.channel import codec, server, tls
 from cipherfleet.channel.certificates import Credentials, check_chain, identity_of, leaf
 from cipherfleet.channel.client import Caller
 from cipherfleet.channel.server import Call, Server
@@ -54,6 +54,7 @@ class World:
         self.received: list[Any] = []
         for path, handler in {
             "/v1/echo": self.echo,
+            "/v1/large": lambda call: call.body(Challenge, limit=2 * codec.MAX_CALL_BYTES),
             "/v1/fail": self.fail,
             "/v1/crash": self.crash,
             "/v1/hang": self.hang,
@@ -224,10 +225,48 @@ async def test_malformed_bodies(world: World, body: bytes) -> None:
             assert (await response.json())["error"]["code"] == "malformed"
 
 
+def test_what_cannot_be_decoded_quotes_nothing_but_names() -> None:
+    for raw in (b'{"nonce": "hunter2!", "expires_s": 1}', b'{"nonce": "aHVudGVyMg==", "expires_s": "hunter2"}', b'{"nonce": hunter2}'):
+        with pytest.raises(Malformed) as refused:
+            codec.decode(raw, Challenge)
+        assert "hunter" not in refused.value.message
+    with pytest.raises(Malformed, match="Nonsense"):
+        codec.decode(b'{"type": "Nonsense"}', Serving | LeaseWanted)  # type: ignore[arg-type]
+
+
 async def test_an_oversized_body_is_refused(world: World) -> None:
-    assert await code_of(world.caller(), body=Challenge(b"x" * codec.MAX_BODY_BYTES, 0.0)) is TooLarge
+    fits, too_large = Challenge(b"x" * (codec.MAX_CALL_BYTES // 2), 0.0), Challenge(b"x" * codec.MAX_CALL_BYTES, 0.0)
+    async with world.caller() as caller:
+        assert await caller.call("POST", "/v1/echo", fits, reply=Challenge) == fits
+        assert await caller.call("POST", "/v1/large", too_large, reply=Challenge) == too_large
+    assert await code_of(world.caller(), body=too_large) is TooLarge
+    assert await code_of(world.caller(), path="/v1/large", body=Challenge(b"x" * 2 * codec.MAX_CALL_BYTES, 0.0)) is TooLarge
     with pytest.raises(TooLarge):
         codec.decode(b"x" * 11, Challenge, limit=10)
+
+
+async def test_a_body_that_does_not_come_is_given_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "BODY_TIMEOUT_S", 0.1)
+
+    async def stalls() -> AsyncIterator[bytes]:
+        yield b'{"nonce": "'
+        await answered.wait()
+
+    answered = asyncio.Event()
+    context = tls.client_context(world.platform.credentials(M1))
+    async with aiohttp.ClientSession() as session, asyncio.timeout(5):
+        request = session.post(world.url + "/v1/echo", data=stalls(), ssl=context, server_hostname=KMC.dns_name)
+        async with request as response:
+            assert response.status == 504
+            assert (await response.json())["error"]["code"] == "timed-out"
+        answered.set()
+
+
+async def test_an_oversized_frame_ends_its_channel(world: World) -> None:
+    async with world.caller() as caller, caller.frames("/v1/frames", KmcToVcm) as channel:
+        await channel.send(LeaseWanted("card-m1-00000000", b"n" * codec.MAX_CALL_BYTES))  # type: ignore[arg-type]
+        assert [frame async for frame in channel] == []
+    assert world.received == []
 
 
 async def test_a_peer_that_is_not_there(world: World) -> None:
@@ -241,6 +280,35 @@ async def test_a_peer_that_does_not_answer(world: World) -> None:
 
 async def test_a_reply_without_a_reason(world: World) -> None:
     assert await code_of(world.caller(), path="/v1/raw", body=CHALLENGE) is PeerError
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_nobody_sends_us_elsewhere(world: World, scheme: str) -> None:
+    reached: list[str] = []
+
+    def reach(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reached.append(scheme)
+        writer.transport.abort()
+
+    elsewhere = await asyncio.start_server(reach, "127.0.0.1", 0)
+    port = elsewhere.sockets[0].getsockname()[1]
+
+    async def away(call: Call) -> web.Response:
+        return web.Response(status=307, headers={"Location": f"{scheme}://127.0.0.1:{port}/v1/echo"})
+
+    other = Server(world.platform.credentials(KMC))
+    for method in ("GET", "POST"):
+        other.route(method, "/v1/away", [Role.MACHINE], away)
+    async with elsewhere:
+        host, own_port = await other.start(("127.0.0.1", 0))
+        world.url = f"https://{host}:{own_port}"
+        assert await code_of(world.caller(), path="/v1/away", body=CHALLENGE) is PeerError
+        async with world.caller() as caller:
+            with pytest.raises(PeerError):
+                async with caller.frames("/v1/away", KmcToVcm):
+                    pass
+        await other.stop()
+    assert reached == []
 
 
 async def test_a_taken_port_is_said(world: World) -> None:

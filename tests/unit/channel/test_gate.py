@@ -7,18 +7,23 @@ from contextlib import AsyncExitStack, suppress
 
 import pytest
 
-from cipherfleet.channel import tls
+from cipherfleet.channel import client, tls
+from cipherfleet.channel.certificates import Credentials, leaf, serial_of
 from cipherfleet.channel.client import Caller
+from cipherfleet.channel.gate import KEEPALIVE_TIMEOUT_S, MAX_PER_CERTIFICATE
 from cipherfleet.channel.process import raise_file_limit
 from cipherfleet.channel.server import Call, Server
+from cipherfleet.computing import vcm_process
 from cipherfleet.contract.errors import KmcUnavailable
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.kmc_api import Challenge, KmcToVcm, Revoked, Serving, VcmToKmc
+from cipherfleet.services.middleware import connection
 from tests.pki import Authority
 
 KMC, M1 = Identity(Role.KMC, "kmc"), Identity(Role.MACHINE, "m1")
 SHORT_S, LONG_S = 0.3, 30.0
 CHALLENGE = Challenge(b"nonce", 1.0)
+GET = b"GET %s HTTP/1.1\r\nHost: kmc\r\n\r\n"
 
 
 class World:
@@ -29,8 +34,17 @@ class World:
         self.address = ("", 0)
         self.server = self.make()
 
-    def make(self, handshake: float = LONG_S, header: float = LONG_S, connections: int = 100) -> Server:
-        server = Server(self.platform.credentials(KMC), handshake_timeout=handshake, header_timeout=header, max_connections=connections)
+    def make(
+        self, handshake: float = LONG_S, header: float = LONG_S, keepalive: float = LONG_S, connections: int = 100, each: int = 100
+    ) -> Server:
+        server = Server(
+            self.platform.credentials(KMC),
+            handshake_timeout=handshake,
+            header_timeout=header,
+            keepalive_timeout=keepalive,
+            max_connections=connections,
+            max_per_certificate=each,
+        )
         server.route("POST", "/v1/echo", [Role.MACHINE], lambda call: call.body(Challenge))
         server.route("POST", "/v1/slow", [Role.MACHINE], self.slow)
         server.route("GET", "/v1/frames", [Role.MACHINE], self.frames)
@@ -53,10 +67,12 @@ class World:
     def caller(self) -> Caller:
         return Caller(f"https://127.0.0.1:{self.address[1]}", KMC.dns_name, self.platform.credentials(M1), KmcUnavailable)
 
-    async def open(self, *, handshake: bool = True) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def open(
+        self, *, handshake: bool = True, credentials: Credentials | None = None
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if not handshake:
             return await asyncio.open_connection(*self.address)
-        context = tls.client_context(self.platform.credentials(M1))
+        context = tls.client_context(credentials or self.platform.credentials(M1))
         return await asyncio.open_connection(*self.address, ssl=context, server_hostname=KMC.dns_name)
 
 
@@ -122,6 +138,66 @@ async def test_there_is_a_number_of_connections(world: World) -> None:
                 with suppress(KmcUnavailable):
                     assert await third.call("POST", "/v1/echo", CHALLENGE, reply=Challenge) == CHALLENGE
                     break
+
+
+async def test_a_certificate_has_a_number_of_connections(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """The silent count as well, and others are not hindered."""
+    await world.start(each=2)
+    greedy = world.platform.credentials(M1)
+    held = [await world.open(credentials=greedy) for _ in range(2)]
+    for _ in range(2):
+        await cut_off(*await world.open(credentials=greedy))
+    async with world.caller() as caller:  # the same machine with its next certificate
+        assert await caller.call("POST", "/v1/echo", CHALLENGE, reply=Challenge) == CHALLENGE
+    assert caplog.text.count("are refused") == 1
+    for _, writer in held:
+        writer.transport.abort()
+    async with asyncio.timeout(5):
+        answer = b""
+        while not answer:
+            reader, writer = await world.open(credentials=greedy)
+            writer.write(GET % b"/v1/none")
+            with suppress(ConnectionError):
+                answer = await reader.read(12)
+            writer.transport.abort()
+    assert answer == b"HTTP/1.1 404"
+
+
+@pytest.mark.parametrize(("path", "role"), [("/v1/frames", Role.OPERATOR), ("/v1/none", Role.MACHINE), ("/v1/frames", Role.MACHINE)])
+async def test_who_was_refused_at_the_door_keeps_no_connection(world: World, path: str, role: Role) -> None:
+    await world.start()
+    credentials = world.platform.credentials(Identity(role, "one"))
+    if (path, role) == ("/v1/frames", Role.MACHINE):
+        world.server.revoke([serial_of(leaf(credentials.chain))])
+    reader, writer = await world.open(credentials=credentials)
+    writer.write(GET % path.encode())
+    async with asyncio.timeout(5):  # there are 30 s between two requests
+        assert b"Connection: close" in await reader.read()
+    writer.transport.abort()
+
+
+async def test_who_asks_nothing_more_is_cut_off(world: World) -> None:
+    await world.start(keepalive=SHORT_S)
+    reader, writer = await world.open()
+    writer.write(GET % b"/v1/frames")  # is no WebSocket
+    async with asyncio.timeout(5):
+        assert b'"unsupported"' in await reader.readuntil(b"}}")
+    writer.write(b"GET /v1/fra")  # half a header is nothing
+    await cut_off(reader, writer)
+
+
+def test_the_caller_gives_up_a_kept_connection_first() -> None:
+    """A call must not meet a connection that the server is closing: one that changes something could not be repeated."""
+    assert client.KEEP_S < KEEPALIVE_TIMEOUT_S
+    assert connection.KEEP_S < vcm_process.KEEPALIVE_TIMEOUT_S
+    assert client.MAX_CONNECTIONS < MAX_PER_CERTIFICATE
+
+
+async def test_a_caller_waits_rather_than_asks_for_too_many(world: World) -> None:
+    await world.start(each=client.MAX_CONNECTIONS)
+    async with world.caller() as caller:
+        calls = (caller.call("POST", "/v1/slow", CHALLENGE, reply=Challenge) for _ in range(client.MAX_CONNECTIONS + 1))
+        assert await asyncio.gather(*calls) == [CHALLENGE] * (client.MAX_CONNECTIONS + 1)
 
 
 async def test_stopping_does_not_wait_for_the_silent(world: World) -> None:

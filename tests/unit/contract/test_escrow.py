@@ -147,6 +147,15 @@ def test_a_row_that_was_kept_back_cannot_be_written_later(database: Database) ->
             forged.check()
 
 
+def test_material_is_written_once(database: Database) -> None:
+    """A sibling that a card sealed, and that was kept back, is no less authentic than the one that was committed."""
+    seen = database.point()
+    database.write(row(1, 1, b"sibling"))
+    for known in (None, seen):
+        with pytest.raises(EscrowRolledBack):
+            database.check(known)
+
+
 def test_attributes_that_cannot_be_read_are_found(database: Database) -> None:
     database.write(row(3, 0))
     with pytest.raises(EscrowRowTampered):

@@ -77,23 +77,42 @@ async def test_rows_and_statements_in_one_view(world: World, alice: TestConsumer
 
 
 async def test_who_comes_second_reads_again(vcm: TestVcm) -> None:
-    row = key_row("alice")
+    row = key_row("alice", version=0)
     await vcm.write(RowWrite(row))
     newer = structs.replace(row, wrapped=b"n" * 60)
     for previous in (b"", bytes(32)):
         with pytest.raises(StateConflict):
             await vcm.write(RowWrite(newer, previous))
     with pytest.raises(StateConflict):
-        await vcm.write(RowWrite(key_row("alice"), bytes(32)))
+        await vcm.write(RowWrite(key_row("alice", version=0), bytes(32)))
     await vcm.write(RowWrite(newer, row_digest(row)))
     with pytest.raises(StateConflict):
         await vcm.write(RowWrite(newer, row_digest(row)))
 
 
+async def test_material_is_written_once(alice: TestConsumer, vcm: TestVcm) -> None:
+    """Whoever replaced it would destroy what was encrypted under it."""
+    material = key_row("alice")
+    await vcm.write(RowWrite(material))
+    with pytest.raises(StateConflict):
+        await vcm.write(RowWrite(key_row("alice", material.key, mark=b"!"), row_digest(material)))
+    view = await view_of(vcm)
+    assert view.rows == (material,)
+    assert checked(view, alice).sequence == 1
+
+
+async def test_the_largest_write_comes_through(vcm: TestVcm) -> None:
+    largest = structs.replace(key_row("alice"), wrapped=bytes(escrow.MAX_ROW_PART_BYTES))
+    label = " " * (escrow.MAX_ROW_PART_BYTES - len(largest.attributes))
+    largest = structs.replace(largest, attributes=largest.attributes + label.encode())
+    writes = [RowWrite(structs.replace(largest, key=new_key_id())) for _ in range(escrow.MAX_WRITES)]
+    assert len((await vcm.write(*writes)).log) == escrow.MAX_WRITES
+
+
 async def test_all_or_nothing(world: World, vcm: TestVcm) -> None:
     good = key_row("alice")
     with pytest.raises(StateConflict):
-        await vcm.write(RowWrite(good), RowWrite(key_row("alice"), bytes(32)))
+        await vcm.write(RowWrite(good), RowWrite(key_row("alice", version=0), bytes(32)))
     view = await view_of(vcm)
     assert (view.rows, view.log) == ((), ())
     assert ("key-created", "ok") not in await world.audit_lines("alice")
@@ -154,7 +173,7 @@ async def test_rows_leave_room_for_statements(alice: TestConsumer, vcm: TestVcm,
 
 
 async def test_changes_have_a_pace(world: World, vcm: TestVcm) -> None:
-    row = key_row("alice")
+    row = key_row("alice", version=0)
     await vcm.write(RowWrite(row))
     world.kmc.escrow._pace = Pace(1 / 3600, 1)
     newer = structs.replace(row, wrapped=b"n" * 60)
@@ -193,7 +212,7 @@ async def test_only_a_vcm_with_its_cmk_gets_rows(world: World, alice: TestConsum
 async def test_two_consumers_see_nothing_of_each_other(world: World, alice: TestConsumer, vcm: TestVcm) -> None:
     bob = await world.enrol("bob")
     bobs = await start_vcm(world, bob, await bob.plug_in(), machine=MachineId("m2"))
-    row = key_row("alice")
+    row = key_row("alice", version=0)
     await vcm.write(RowWrite(row))
     await alice.application()
     view = await view_of(bobs)
@@ -245,18 +264,18 @@ async def test_a_tampered_database_shows(
 
 
 async def test_a_rolled_back_database_shows(world: World, alice: TestConsumer, vcm: TestVcm) -> None:
-    row = key_row("alice")
+    row = key_row("alice", version=0)
     await vcm.write(RowWrite(row))
     before = await view_of(vcm)
-    await vcm.write(RowWrite(structs.replace(row, wrapped=b"n" * 60), row_digest(row)))
+    await vcm.write(RowWrite(key_row("alice", row.key, 0, mark=b"n", replaces=row), row_digest(row)))
     seen = checked(await view_of(vcm), alice)
     old = checked(before, alice)
     undo = (
-        "UPDATE rows SET wrapped = ?",
+        "UPDATE rows SET attributes = ?, wrapped = ?",
         "DELETE FROM log WHERE sequence = 2",
         "UPDATE consumers SET sequence = 1, head = ?",
     )
-    await tamper(world, *undo, values=(row.wrapped, old.head))
+    await tamper(world, *undo, values=(row.attributes, row.wrapped, old.head))
     view = await view_of(vcm)
     assert checked(view, alice) == old  # the HSM signs what it is told: consistent, but older than what was seen
     with pytest.raises(EscrowRolledBack):
