@@ -1,5 +1,8 @@
 """A certification authority for tests: the same shape as the real one, with keys in memory."""
 
+import asyncio
+import socket
+import ssl
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
@@ -7,6 +10,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from cipherfleet.channel import tls
 from cipherfleet.channel.certificates import HPKE_KEY_OID, Credentials, alternative_names, key_to_pem, new_key, to_pem
 from cipherfleet.contract.identities import Identity
 
@@ -129,3 +133,22 @@ class Authority:
             top = top.parent
         chain = self.certify(identity, key.public_key(), lifetime=lifetime, addresses=addresses, not_before=not_before)
         return Credentials(key_to_pem(key), chain, trust if trust is not None else top.pem)
+
+
+async def refused_in_handshake(url: str, credentials: Credentials) -> bool:
+    """Whether a server ends the connection when it has seen the certificate. No request is sent, and we check nothing ourselves."""
+    host, port = url.removeprefix("https://").split(":")
+    context = tls.client_context(credentials)
+    context.check_hostname = False
+
+    def look() -> bool:
+        with socket.create_connection((host, int(port)), timeout=5) as plain, context.wrap_socket(plain) as connection:
+            connection.settimeout(0.5)
+            try:  # with TLS 1.3 the client is ready before the server has looked at its certificate
+                return connection.recv(1) == b""
+            except TimeoutError:
+                return False
+            except (ssl.SSLError, ConnectionError):
+                return True
+
+    return await asyncio.to_thread(look)

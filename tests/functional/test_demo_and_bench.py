@@ -1,6 +1,7 @@
 """The demo and the benchmarks: they end well, leave nothing behind, and say what scripts rely on."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,30 @@ from tests.support import command
 
 @pytest.fixture
 def only_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Everything temporary goes below one folder, which must be empty again, with no process left."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    """Everything temporary goes below one folder, which must be empty again; no process, and nothing in other places, is left."""
+    temporary, home = tmp_path / "tmp", tmp_path / "home"
+    temporary.mkdir()
+    home.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", None)
-    yield tmp_path
-    assert list(tmp_path.iterdir()) == []
-    mine = [p for p in psutil.process_iter(["cmdline"]) if "cipherfleet.app.roles" in (p.info["cmdline"] or [])]
-    assert not [p for p in mine if p.environ().get("TMPDIR") == str(tmp_path)]
+    before = _around()
+    yield temporary
+    assert [*temporary.iterdir(), *home.iterdir()] == []
+    assert _around() <= before
+
+
+def _around() -> set[str]:
+    """Processes of this installation, network namespaces and shared memory on this machine. A new process may have the id of an old one, not its start."""
+    ours = [
+        p
+        for p in psutil.process_iter(["cmdline", "create_time"])
+        if {"cipherfleet.app.roles", sys.executable} <= set(p.info["cmdline"] or [])
+    ]
+    places = [path for folder in ("/run/netns", "/dev/shm") if (at := Path(folder)).is_dir() for path in at.iterdir()]
+    return {f"process {p.pid} {p.info['create_time']}" for p in ours} | {str(path) for path in places}
 
 
 def test_the_demo_tells_the_whole_story_and_leaves_nothing(only_here: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from cipherfleet.computing.engine_wrap import OAEP, unwrap
@@ -53,6 +53,19 @@ def open_hsm(cloud: TestCloud) -> EmbeddedHsm:
     return EmbeddedHsm.open(folder, (folder / "passphrase").read_text().strip(), cloud.settings)
 
 
+def hsm_keys(cloud: TestCloud) -> dict[str, bytes]:
+    """Root key, signing key and the CAs' private keys by label: 32 bytes each, the raw key or the private scalar."""
+    found: dict[str, bytes] = {}
+    for key in open_hsm(cloud)._keys.values():
+        material = key.material()
+        if len(material) != 32:
+            private = serialization.load_der_private_key(material, None)
+            assert isinstance(private, ec.EllipticCurvePrivateKey)
+            material = private.private_numbers().private_value.to_bytes(32, "big")
+        found[key.label] = material
+    return found
+
+
 async def unwrap_share(hsm: EmbeddedHsm, ciphertext_cmk: bytes, label: str) -> bytes:
     """The HSM share, by rewrapping it to a key of ours."""
     own = rsa.generate_private_key(65537, 3072)
@@ -71,6 +84,7 @@ def rows_of(cloud: TestCloud, consumer: str) -> list[EscrowRow]:
 
 
 ROOT_LABEL = "root-key"
+_MARKER = "marker"
 
 
 def key_chain(cloud: TestCloud, consumer: Consumer) -> KeyChain:
@@ -91,7 +105,11 @@ def key_chain(cloud: TestCloud, consumer: Consumer) -> KeyChain:
 
 
 def in_memory(pid: int, needles: dict[str, bytes]) -> set[str]:
-    """The names of the needles that stand in a process's memory (needs root)."""
+    """The names of the needles that stand in a process's memory (needs root).
+
+    Every process of ours holds the package's name: one in which not even that is found was not really searched.
+    """
+    needles = {**needles, _MARKER: b"cipherfleet"}
     found: set[str] = set()
     with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
@@ -111,7 +129,8 @@ def in_memory(pid: int, needles: dict[str, bytes]) -> set[str]:
                     if start < end:
                         start -= 64
                         memory.seek(start)
-    return found
+    assert _MARKER in found, f"the memory of process {pid} could not be read"
+    return found - {_MARKER}
 
 
 def in_files(folder: Path, needles: dict[str, bytes]) -> set[str]:

@@ -4,6 +4,7 @@ After the Ukey went, nothing decrypts; while it is in, no application and no gra
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from cipherfleet.app import wiring
 from cipherfleet.computing.engine_wrap import unwrap
 from cipherfleet.contract.errors import EscrowRowTampered
 from cipherfleet.contract.ids import ConsumerId
-from tests.security.chain import ROOT_LABEL, cmk_of, in_memory, key_chain, open_hsm, rows_of, unwrap_share, wrapping_of
+from tests.security.chain import ROOT_LABEL, cmk_of, in_files, in_memory, key_chain, open_hsm, rows_of, unwrap_share, wrapping_of
 from tests.support import TestCloud, cloud_in, eventually
 
 TAP = """
@@ -108,24 +109,40 @@ def test_with_everything_the_operator_has_nothing_decrypts(tapped: TestCloud, tm
     assert hsm_share == chain.hsm_share, "the operator of an embedded HSM gets this half"
 
     def opens(candidate: bytes) -> bool:
-        wrapping = wrapping_of(cmk_of(hsm_share, candidate, "acme"))
-        try:
-            unwrap(bytearray(wrapping), ConsumerId("acme"), row)
-        except EscrowRowTampered:
-            return False
-        return True
+        """As the Ukey's half, as the CMK, or as the key that wraps."""
+        for wrapping in (wrapping_of(cmk_of(hsm_share, candidate, "acme")), wrapping_of(candidate), candidate):
+            with contextlib.suppress(EscrowRowTampered):
+                unwrap(bytearray(wrapping), ConsumerId("acme"), row)
+                return True
+        return False
 
-    assert opens(chain.ukey_share), "positive control: with the Ukey's half it does open"
+    for half in (chain.ukey_share, chain.cmk, chain.wrapping):
+        assert opens(half), "positive control: with the consumer's half it does open"
     tried = 0
     for candidate in {w for w in windows({v for v in values if len(v) <= 8192}) if len(set(w)) > 8}:
         tried += 1
         assert not opens(candidate)
     assert tried > 1000
     print(f"{tried} candidates from {len(values)} recorded values tried")  # noqa: T201
-    if os.geteuid() == 0:
-        halves = {"Ukey share": chain.ukey_share, **chain.secrets()}
+    assert in_files(tmp_path, {"Ukey share": chain.ukey_share, **chain.secrets()}) == set(), "disk and record"
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="reading the memory of other processes needs root")
+def test_no_memory_of_the_operators_holds_what_decrypts(tapped: TestCloud) -> None:
+    """While the Ukey is in, and after it went."""
+    consumer = tapped.enrol("acme")
+    consumer.plug_in()
+    with consumer.client() as client:
+        client.create_key("AES-256-GCM")
+    chain = key_chain(tapped, consumer)
+    halves = {"Ukey share": chain.ukey_share, **chain.secrets()}
+    for moment in ("in", "out"):
         for process in tapped.processes("kmc", "management", "hsm", "machine"):
-            assert not in_memory(process.pid, halves), process.role
+            assert not in_memory(process.pid, halves), f"{process.role}, Ukey {moment}"
+        if moment == "in":
+            consumer.pull()
+            eventually(lambda: consumer.vcms() == [], what="the VCM is gone")
 
 
 def test_the_record_is_complete(tapped: TestCloud, tmp_path: Path) -> None:

@@ -89,8 +89,8 @@ class Release:
             if session.lives(vcm):
                 vcm.sealed_share, vcm.delivered = b"", None
                 session.forget_cmk()
-                session.refuse_terminal(exc.code, exc.message)
                 await self._center.audit_refusal(session.consumer, session.actor, "cmk-released", vcm.id, exc.code)
+                session.refuse_terminal(exc.code, exc.message)
             return
         if not session.lives(vcm):
             return

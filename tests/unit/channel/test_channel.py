@@ -35,7 +35,7 @@ from cipherfleet.contract.errors import (
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import ConsumerId, VcmId
 from cipherfleet.contract.kmc_api import Challenge, KmcToVcm, LeaseWanted, Revoked, Serving, VcmToKmc
-from tests.pki import Authority
+from tests.pki import Authority, refused_in_handshake
 
 KMC, M1, OPERATOR = Identity(Role.KMC, "kmc"), Identity(Role.MACHINE, "m1"), Identity(Role.OPERATOR, "operator")
 
@@ -146,7 +146,11 @@ async def test_a_server_of_another_name_is_refused(world: World) -> None:
 
 async def test_an_expired_certificate_is_refused_in_the_handshake(world: World) -> None:
     past = datetime.now(UTC) - timedelta(days=1)
-    assert await code_of(world.caller(world.platform.credentials(M1, not_before=past)), body=CHALLENGE) is CertificateExpired
+    expired = world.platform.credentials(M1, not_before=past)
+    assert await code_of(world.caller(expired), body=CHALLENGE) is CertificateExpired  # we know it ourselves
+    assert await refused_in_handshake(world.url, expired)  # and so does the server
+    assert not await refused_in_handshake(world.url, world.platform.credentials(M1))
+    assert world.calls == 0
 
 
 async def test_a_certificate_that_expires_while_connected_is_refused(world: World) -> None:

@@ -252,7 +252,7 @@ class Connection:
                     self.endpoints.forget(endpoint)
                 stale.add(endpoint)
             else:
-                if response.status < 400:
+                if response.status < 300:
                     self.endpoints.good = endpoint
                     self._refresh()
                     return response
