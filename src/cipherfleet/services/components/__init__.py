@@ -19,10 +19,11 @@
     GET  /v1/endpoints, algorithms, health, requests/{request}/error                    any
     POST /v1/login                     Signed[LoginStatement] -> LoginReply             (the terminal)
 
-Decrypting, ``X-Cipherfleet-Key`` may name the key that the ciphertext must have been made with. The last column is the right that a Ukey-signed statement must grant. Headers (base64): ``X-Cipherfleet-Context``,
-``X-Cipherfleet-Target-Context`` (at most 4 KiB), ``X-Cipherfleet-Signature``. Bodies of any size stream both ways at once.
-An error after the answer has begun closes the connection before the answer's end; the caller that named its request in
-``X-Cipherfleet-Request`` may ask why.
+Decrypting, ``X-Cipherfleet-Key`` may name the key that the ciphertext must have been made with. The last column is the
+right that a Ukey-signed statement must grant. Headers (base64): ``X-Cipherfleet-Context``,
+``X-Cipherfleet-Target-Context`` (at most 4 KiB), ``X-Cipherfleet-Signature``. Bodies of any size stream both ways at
+once. An error after the answer has begun closes the connection before the answer's end; the caller that named its
+request in ``X-Cipherfleet-Request`` may ask why.
 """
 
 from cipherfleet.channel.server import Server
