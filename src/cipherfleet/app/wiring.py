@@ -10,6 +10,7 @@ import fcntl
 import os
 import secrets
 import signal
+import stat
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -369,8 +370,13 @@ def _command(role: str) -> list[str]:
 
 
 def _read_secret(path: Path, what: str) -> str:
+    """Raises ``FileProblem``, also for a file that others than its owner may read; a descriptor (``/dev/fd/N``) was opened by its owner."""
     try:
-        return path.read_text().strip()
+        with path.open() as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISREG(mode) and mode & 0o077:
+                raise FileProblem(f"{what} in {path} is open to others than its owner (mode {stat.S_IMODE(mode):04o})", f"chmod 600 {path}")
+            return file.read().strip()
     except OSError as exc:
         raise FileProblem(f"cannot read {what} from {path}: {exc.strerror}") from exc
 
