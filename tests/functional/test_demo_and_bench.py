@@ -30,12 +30,9 @@ def only_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def _around() -> set[str]:
-    """Processes of this installation, network namespaces and shared memory on this machine. A new process may have the id of an old one, not its start."""
-    ours = [
-        p
-        for p in psutil.process_iter(["cmdline", "create_time"])
-        if {"cipherfleet.app.roles", sys.executable} <= set(p.info["cmdline"] or [])
-    ]
+    """Processes of this installation (by id and start), network namespaces and shared memory on this machine."""
+    mark = {"cipherfleet.app.roles", sys.executable}
+    ours = [p for p in psutil.process_iter(["cmdline", "create_time"]) if mark <= set(p.info["cmdline"] or [])]
     places = [path for folder in ("/run/netns", "/dev/shm") if (at := Path(folder)).is_dir() for path in at.iterdir()]
     return {f"process {p.pid} {p.info['create_time']}" for p in ours} | {str(path) for path in places}
 

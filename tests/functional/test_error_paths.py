@@ -269,3 +269,37 @@ def test_a_typed_passphrase_is_on_no_disk_and_needed_again(tmp_path: Path, monke
         assert typed == []
     finally:
         cloud.down()
+
+
+def test_a_passphrase_file_that_others_may_read_is_refused_and_a_private_one_used(tmp_path: Path) -> None:
+    cloud = TestCloud(tmp_path, machines=1)
+    passphrase = tmp_path / "passphrase"
+    passphrase.write_text("correct horse\n")
+    up = ("up", "--detach", "--machines", 1, "--passphrase-file", passphrase, "--state", cloud.cloud.state, "--json")
+    try:
+        for mode in (0o640, 0o604):
+            passphrase.chmod(mode)
+            failed(command(*up), "file-problem")
+        assert cloud.processes() == []
+        passphrase.chmod(0o600)
+        assert command(*up).status == 0
+        assert not (cloud.cloud.state / "hsm" / "passphrase").exists()
+        cloud.down()
+        passphrase.write_text("battery staple\n")
+        failed(command(*up), "passphrase-wrong")
+    finally:
+        cloud.down()
+
+
+def test_a_passphrase_comes_through_a_pipe(tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"correct horse\n")
+    os.close(write_end)
+    cloud = TestCloud(tmp_path, machines=1)
+    up = ("up", "--detach", "--machines", 1, "--passphrase-file", f"/dev/fd/{read_end}", "--state", cloud.cloud.state, "--json")
+    try:
+        assert command(*up).status == 0
+        assert not (cloud.cloud.state / "hsm" / "passphrase").exists()
+    finally:
+        os.close(read_end)
+        cloud.down()

@@ -10,6 +10,7 @@ import fcntl
 import os
 import secrets
 import signal
+import stat
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -234,7 +235,7 @@ class Cloud:
             secret = passphrase or self._passphrase(record)
             config = HsmConfig(str(self._folder("hsm")), str(self._hsm_socket), secret, self._hsm_secret("pin"), record.settings)
             await self._start("hsm", "hsm", config)
-        if ("kmc", "kmc") not in alive or not self._credentials("operator").is_dir():
+        if ("kmc", "kmc") not in alive or not self._operates():
             progress("key management center")
             await self._start_kmc(record)
         if ("management", "management") not in alive:
@@ -255,7 +256,8 @@ class Cloud:
         return await asyncio.to_thread(start_daemon, _command(role), config, log_file=log, spawned=spawned)
 
     async def _start_kmc(self, record: CloudRecord) -> None:
-        await _end([p for p in self.processes() if p.role == "kmc"])  # one whose start was interrupted told nobody who the operator is
+        # One whose start was interrupted told nobody who the operator is; one that outlived a clock set back has to say it again.
+        await _end([p for p in self.processes() if p.role == "kmc"])
         folder = self._credentials("operator")
         try:
             key_pem = (folder / "key.pem").read_bytes()
@@ -301,11 +303,11 @@ class Cloud:
             await management.call("PUT", f"/v1/machines/{name}", MachineRegistration(f"https://{address}:{PORT}"))
 
     async def _certify(self, role: Role, name: str, address: str) -> Credentials:
-        """The certificate of a platform process, renewed here when a third of its life or less is left."""
+        """The certificate of a platform process, renewed here when a third of its life or less is left, or it is not valid yet."""
         folder = self._credentials(name)
         with suppress(FileNotFoundError, CipherfleetError):
             credentials = Credentials.load(folder)
-            if credentials.not_after - time.time() > self.record.settings.process_certificate_days * 86400 / 3:
+            if credentials.left() > self.record.settings.process_certificate_days * 86400 / 3:
                 return credentials
         key = new_key()
         request = CertificateRequest(make_request(key, Identity(role, name)), (address,))
@@ -328,6 +330,12 @@ class Cloud:
 
     def _credentials(self, name: str) -> Path:
         return self._folder("credentials") / name
+
+    def _operates(self) -> bool:
+        """Whether the operator has a certificate that is valid now."""
+        with suppress(FileNotFoundError, CipherfleetError):
+            return Credentials.load(self._credentials("operator")).left() > 0
+        return False
 
     def _operator(self) -> Credentials:
         try:
@@ -362,8 +370,13 @@ def _command(role: str) -> list[str]:
 
 
 def _read_secret(path: Path, what: str) -> str:
+    """Raises ``FileProblem``, also for a file that others than its owner may read; a descriptor (``/dev/fd/N``) was opened by its owner."""
     try:
-        return path.read_text().strip()
+        with path.open() as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISREG(mode) and mode & 0o077:
+                raise FileProblem(f"{what} in {path} is open to others than its owner (mode {stat.S_IMODE(mode):04o})", f"chmod 600 {path}")
+            return file.read().strip()
     except OSError as exc:
         raise FileProblem(f"cannot read {what} from {path}: {exc.strerror}") from exc
 

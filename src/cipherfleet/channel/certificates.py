@@ -42,6 +42,13 @@ class Credentials(msgspec.Struct, frozen=True):
         """Unix seconds."""
         return leaf(self.chain).not_valid_after_utc.timestamp()
 
+    def left(self) -> float:
+        """For how many seconds it is still valid; 0 also while it is not valid yet, after the wall clock was set back."""
+        certificate, now = leaf(self.chain), datetime.now(UTC)
+        if now < certificate.not_valid_before_utc:
+            return 0.0
+        return max(0.0, (certificate.not_valid_after_utc - now).total_seconds())
+
     def save(self, folder: Path) -> None:
         """``key.pem`` (mode 0600), ``chain.pem``, ``trust.pem``, each replaced atomically."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from cipherfleet.channel.certificates import Credentials, key_to_pem, make_request, new_key
 from cipherfleet.channel.server import Server
+from cipherfleet.computing.card_lease import boottime
 from cipherfleet.computing.confinement import confine
 from cipherfleet.computing.listening import parse_address
 from cipherfleet.computing.vcc_ring import RingCard
@@ -19,7 +20,7 @@ from cipherfleet.computing.vcm_boot import BootChannel, News
 from cipherfleet.computing.vcm_config import VcmConfig
 from cipherfleet.computing.vcm_kmc import KmcAccess
 from cipherfleet.computing.vcm_link import Link
-from cipherfleet.contract.errors import CipherfleetError
+from cipherfleet.contract.errors import CertificateExpired, CipherfleetError
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.machine_api import Isolation, VcmState
 from cipherfleet.contract.messages import CertificateRequest, Chain
@@ -28,7 +29,9 @@ from cipherfleet.contract.vcm import VcmHost
 log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
-LOOK_S = 5.0
+LOOK_S = 1.0
+JUMP_S = 5.0
+"""How far the wall clock may move against ``CLOCK_BOOTTIME`` before the certificate is renewed: by less than it is backdated."""
 FAREWELL_S = 0.03
 KEEPALIVE_TIMEOUT_S = 330.0  # applications keep a connection for 300 s
 MAX_PER_CERTIFICATE = 1024  # of one application, which may run in many processes
@@ -103,12 +106,16 @@ async def _live(vcm: Vcm, link: Link, certificate: "OwnCertificate", boot: BootC
         await boot.until_closed()
         vcm.end("machine-unavailable", "its machine is gone")
 
-    tasks = [asyncio.create_task(work) for work in (link.run(), certificate.keep_fresh(), stopped(), orphaned())]
+    async def certified() -> None:
+        await certificate.keep_fresh()
+        vcm.end(CertificateExpired.code, "its certificate is not valid now, and buys no other")
+
+    tasks = [asyncio.create_task(work) for work in (link.run(), certified(), stopped(), orphaned())]
     first: set[asyncio.Future[Any]] = {vcm.ended, *tasks[:2]}
     try:
         await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks[:2]:
-            if task.done():
+            if task.done() and task.exception() is not None:
                 log.error("a VCM's task ended: %s", type(task.exception()).__name__)
         vcm.end("internal", "something went wrong in the VCM")
     finally:
@@ -120,13 +127,17 @@ async def _live(vcm: Vcm, link: Link, certificate: "OwnCertificate", boot: BootC
 
 
 class OwnCertificate:
-    """A VCM's certificate: who its server and its client towards the KMC are, renewed when half of its life is over."""
+    """A VCM's certificate: who its server and its client towards the KMC are, renewed when half of its life is over.
+
+    Half of its life by ``CLOCK_BOOTTIME``; and at once when the wall clock jumps, which the others judge its validity by.
+    """
 
     def __init__(self, configuration: VcmConfig) -> None:
         self._configuration = configuration
         self._identity = Identity(Role.VCM, configuration.id, configuration.consumer)
         self._credentials: Credentials | None = None
         self._renew_at = 0.0
+        self._wall_ahead = 0.0
         self._server: Server | None = None
         # The relay knows the way: the address in the URL is a name, nothing is resolved.
         self.kmc = KmcAccess(f"https://{urlsplit(configuration.kmc_url).netloc}", configuration.relay)
@@ -139,8 +150,9 @@ class OwnCertificate:
     def take(self, key: bytes, chain: Chain) -> None:
         """The server trusts the consumer's own CA alone, the client towards the KMC the root."""
         self._credentials = Credentials(key, chain.chain, chain.trust)
-        now = time.time()
-        self._renew_at = now + (self._credentials.not_after - now) / 2
+        wall, now = time.time(), boottime()
+        self._renew_at = now + (self._credentials.not_after - wall) / 2
+        self._wall_ahead = wall - now
         self.kmc.use(Credentials(key, chain.chain, self._configuration.root))
         if self._server is not None:
             self._server.renew(self._credentials)
@@ -157,16 +169,19 @@ class OwnCertificate:
         return self._server
 
     async def keep_fresh(self) -> None:
-        """Renew for ever. The wall clock may jump, so it is looked at often."""
+        """Renew, until the certificate is not valid now and none can be had with it: then a new VCM can, this one cannot."""
         while True:
-            left = self._renew_at - time.time()
-            if left > 0:
+            left = self._renew_at - boottime()
+            jumped = abs(time.time() - boottime() - self._wall_ahead) > JUMP_S
+            if left > 0 and not jumped:
                 await asyncio.sleep(min(left, LOOK_S))
                 continue
             try:
                 await self.renew()
             except CipherfleetError as exc:
                 log.warning("the certificate is not renewed yet: %s", exc.code)
+                if self._credentials is not None and not self._credentials.left():
+                    return
                 await asyncio.sleep(RETRY_S)
 
     async def renew(self) -> None:

@@ -137,13 +137,13 @@ class KmcServer:
     async def _audit(self, call: Call) -> object:
         """A VCM gets its own consumer's lines, whatever it asks for."""
         consumer = call.peer.identity.consumer or _consumer_asked(call)
-        async with self._bulk.turn(call.peer.identity.consumer):
+        async with self._bulk.turn(call.peer.identity.consumer, call.peer.identity.id):
             return AuditLog(await self.center.database.read(partial(audit.read, consumer=consumer)))
 
     async def _verify_audit(self, call: Call) -> object:
         """All lines are checked; the newest are shown."""
         consumer = _consumer_asked(call)
-        async with self._bulk.turn(call.peer.identity.consumer):
+        async with self._bulk.turn(call.peer.identity.consumer, call.peer.identity.id):
             await self.center.database.read(partial(audit.verify, consumer=consumer))
             return AuditLog(await self.center.database.read(partial(audit.read, consumer=consumer)))
 
@@ -187,7 +187,7 @@ class KmcServer:
 
     async def _read_escrow(self, call: Call) -> object:
         await self.service.require_released(call.peer)
-        async with self._bulk.turn(call.peer.identity.consumer):
+        async with self._bulk.turn(call.peer.identity.consumer, call.peer.identity.id):
             return await self.escrow.view(call.peer.identity.consumer)
 
     async def _write_escrow(self, call: Call) -> object:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -320,6 +321,27 @@ async def test_a_renewal_that_fails_is_tried_again(tmp_path: Path, kmc: FakeKmc,
         await kmc.restart()
         await kmc.until("renewal")
         assert not vcm.task.done()
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+async def test_when_the_wall_clock_jumps_its_certificate_is_renewed(
+    tmp_path: Path, kmc: FakeKmc, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    kmc.vcm_certificate_s = 86400.0
+    async with vcm_of(kmc, tmp_path) as vcm:
+        await serving(vcm)
+        monkeypatch.setattr("cipherfleet.computing.vcm_process.time", SimpleNamespace(time=lambda: time.time() + jump))
+        await kmc.until("renewal", within=3.0)
+        await asyncio.sleep(1.5)  # longer than it takes to look again
+        assert kmc.seen["renewal"] == 1
+
+
+async def test_a_vcm_whose_certificate_is_past_renewal_makes_room_for_another(tmp_path: Path, kmc: FakeKmc) -> None:
+    kmc.vcm_certificate_s = 2.0
+    async with vcm_of(kmc, tmp_path) as vcm:
+        await serving(vcm)
+        await kmc.stop()
+        assert (await vcm.ending()).code == "certificate-expired"
 
 
 async def test_a_login_with_a_foreign_statement_is_refused(tmp_path: Path, kmc: FakeKmc) -> None:
