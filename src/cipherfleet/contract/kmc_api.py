@@ -4,7 +4,7 @@
 
     operator   POST   /v1/certificates/{role}/{id}         CertificateRequest -> Chain        platform processes, operator
     operator   POST   /v1/consumers                        EnrolRequest -> EnrolReply         (consumer is pending)
-    operator   POST   /v1/consumers/{consumer}/confirm     -> Done
+    operator   POST   /v1/consumers/{consumer}/confirm     EnrolConfirmation -> Done          idempotent; exists for another Ukey
     operator   DELETE /v1/consumers/{consumer}             -> Done                            (only while pending)
     operator   POST   /v1/consumers/{consumer}/revoke-ukey -> Done                            the Ukey is stolen: off for good; idempotent
     operator   GET    /v1/consumers                        -> ConsumerList
@@ -56,6 +56,12 @@ class EnrolReply(Message, frozen=True):
     kmc_signing_key: bytes  # SubjectPublicKeyInfo DER: signs checkpoints and leases
     ciphertext_cmk: bytes
     checkpoint: Signed
+
+
+class EnrolConfirmation(Message, frozen=True):
+    """The Ukey with this serial is written: of several enrolments of one name, the one that is confirmed."""
+
+    ukey: str
 
 
 class ConsumerEntry(Message, frozen=True):

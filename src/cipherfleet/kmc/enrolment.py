@@ -49,7 +49,7 @@ class Enrolment:
                 raise Malformed("the Ukey's identity and its channel need a key each")
             await center.database.read(partial(_check_not_enrolled, consumer=consumer))
             domain = await self._domain(consumer)
-            until, ukey_id = center.wall_clock() + UKEY_DAYS * DAY_S, f"ukey-{fingerprint(ukey)[:8]}"
+            until, ukey_id = center.wall_clock() + UKEY_DAYS * DAY_S, _ukey_id(ukey)
             identity = await center.certification.issue(Identity(Role.UKEY, ukey_id, consumer), identity_key, not_after=until)
             channel = await center.certification.issue(Identity(Role.TERMINAL, ukey_id, consumer), channel_key, not_after=until)
             ciphertext_cmk = await center.hsm.generate_wrapped(center.root_key)
@@ -74,14 +74,19 @@ class Enrolment:
             root = center.certification.root_pem
             return EnrolReply(chain(identity), chain(channel), root, domain, center.signer.public_key, ciphertext_cmk, checkpoint)
 
-    async def confirm(self, consumer: ConsumerId) -> None:
-        """The Ukey is written: the consumer counts. Idempotent. Raises ``ConsumerUnknown``."""
+    async def confirm(self, consumer: ConsumerId, ukey_id: str) -> None:
+        """The Ukey is written: the consumer counts. Idempotent.
+
+        Raises ``ConsumerUnknown``, or ``Exists`` when the name is another Ukey's.
+        """
         at = self._center.wall_clock()
 
         def commit(connection: Connection) -> None:
             found = store.find_consumer(connection, consumer)
             if found is None:
                 raise ConsumerUnknown(f"no consumer is called {consumer}")
+            if _ukey_id(found.ukey) != ukey_id:
+                raise Exists(f"another enrolment of {consumer} took the place of this one")
             if found.state == store.PENDING:
                 store.confirm_consumer(connection, consumer, at=at)
                 audit.append(connection, consumer, at=at, actor=OPERATOR.uri, event="enrolled", subject=consumer)
@@ -173,6 +178,10 @@ class Enrolment:
 
         await center.database.write(commit, partial(center.recorded, issued))
         return issued
+
+
+def _ukey_id(ukey: bytes) -> str:
+    return f"ukey-{fingerprint(ukey)[:8]}"
 
 
 def _check_not_enrolled(connection: Connection, consumer: ConsumerId) -> None:

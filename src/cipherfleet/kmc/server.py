@@ -13,6 +13,7 @@ from cipherfleet.contract.kmc_api import (
     AuditLog,
     CardRequest,
     ChallengeRequest,
+    EnrolConfirmation,
     EnrolRequest,
     EscrowWrite,
     KmcToTerminal,
@@ -115,7 +116,7 @@ class KmcServer:
         return await self.enrolment.list_consumers()
 
     async def _confirm(self, call: Call) -> object:
-        await self.enrolment.confirm(call.path("consumer", ConsumerId))
+        await self.enrolment.confirm(call.path("consumer", ConsumerId), (await call.body(EnrolConfirmation)).ukey)
         return Done()
 
     async def _remove(self, call: Call) -> object:

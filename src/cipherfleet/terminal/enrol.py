@@ -14,7 +14,7 @@ from cipherfleet.channel.client import Caller
 from cipherfleet.contract.errors import CertificateInvalid, CipherfleetError, Exists, Malformed, ServiceUnavailable
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import ConsumerId, is_slug
-from cipherfleet.contract.kmc_api import ConsumerList, EnrolReply, EnrolRequest
+from cipherfleet.contract.kmc_api import EnrolConfirmation, EnrolReply, EnrolRequest
 from cipherfleet.contract.management_api import DomainInfo
 from cipherfleet.contract.settings import Settings
 from cipherfleet.terminal.checkpoint import read_checkpoint
@@ -77,7 +77,11 @@ async def enrol(
         )
         seen = read_checkpoint(consumer, reply.checkpoint, reply.kmc_signing_key)
         DirectoryUkey.create(folder, record, keys, reply.ciphertext_cmk, seen, buffer)
-        await _confirm(kmc, consumer)
+        try:
+            await _confirm(kmc, consumer, serial)
+        except Exists:  # another enrolment has the name by now: it is not ours to take back
+            undo.enrolled = undo.allotted = False
+            raise
     except BaseException as exc:
         if isinstance(exc, Exists) and not undo.serial:
             undo.enrolled = False  # the name is somebody else's, who keeps it
@@ -135,20 +139,15 @@ def _check(reply: EnrolReply, consumer: ConsumerId, identity: ec.EllipticCurvePr
     return serials.pop()
 
 
-async def _confirm(kmc: Caller, consumer: ConsumerId) -> None:
-    """The Ukey is written: the consumer is no longer pending. A lost answer is asked for again."""
+async def _confirm(kmc: Caller, consumer: ConsumerId, serial: str) -> None:
+    """The Ukey is written: the consumer is no longer pending. A lost answer is asked for again.
+
+    Raises ``Exists`` when the name is another Ukey's by now.
+    """
     for attempt in range(_CONFIRM_ATTEMPTS):
         try:
-            await kmc.call("POST", f"/v1/consumers/{consumer}/confirm")
+            await kmc.call("POST", f"/v1/consumers/{consumer}/confirm", EnrolConfirmation(serial))
             return
-        except CipherfleetError as exc:
-            with suppress(CipherfleetError):
-                if await _is_enrolled(kmc, consumer):
-                    return
-            if attempt == _CONFIRM_ATTEMPTS - 1 or not isinstance(exc, ServiceUnavailable):
+        except ServiceUnavailable:
+            if attempt == _CONFIRM_ATTEMPTS - 1:
                 raise
-
-
-async def _is_enrolled(kmc: Caller, consumer: ConsumerId) -> bool:
-    known = await kmc.call("GET", "/v1/consumers", reply=ConsumerList)
-    return any(entry.name == consumer and entry.state == "enrolled" for entry in known.consumers)

@@ -106,10 +106,25 @@ async def test_an_enrolled_consumer_stays(world: World) -> None:
         await operator.call("POST", "/v1/consumers", TestConsumer(world, alice.name).request(), reply=EnrolReply)
     with pytest.raises(StateConflict):
         await operator.call("DELETE", "/v1/consumers/alice")
-    await operator.call("POST", "/v1/consumers/alice/confirm")
+    await operator.call("POST", "/v1/consumers/alice/confirm", alice.confirmation())
     with pytest.raises(ConsumerUnknown):
-        await operator.call("POST", "/v1/consumers/nobody/confirm")
+        await operator.call("POST", "/v1/consumers/nobody/confirm", alice.confirmation())
     await alice.plug_in()
+
+
+async def test_an_enrolment_confirms_its_own_ukey_alone(world: World) -> None:
+    operator, replaced = await world.operator(), await world.enrol(confirm=False)
+    current = await world.enrol(confirm=False)
+
+    async def state() -> str:
+        return (await operator.call("GET", "/v1/consumers", reply=ConsumerList)).consumers[0].state
+
+    for expected in ("pending", "enrolled"):
+        with pytest.raises(Exists):
+            await operator.call("POST", "/v1/consumers/alice/confirm", replaced.confirmation())
+        assert await state() == expected
+        await operator.call("POST", "/v1/consumers/alice/confirm", current.confirmation())
+    await current.plug_in()
 
 
 async def test_an_enrolment_is_taken_back(world: World) -> None:

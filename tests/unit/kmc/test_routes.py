@@ -36,7 +36,7 @@ ROUTES = {
     ("GET", "/v1/terminal"): {Role.TERMINAL},
     ("POST", "/v1/applications"): {Role.TERMINAL},
 }
-BODIES = [r for r in ROUTES if r[0] in ("POST", "PUT") and not r[1].endswith(("/confirm", "/revoke", "/revoke-ukey"))]
+BODIES = [r for r in ROUTES if r[0] in ("POST", "PUT") and not r[1].endswith(("/revoke", "/revoke-ukey"))]
 
 
 async def callers(world: World) -> dict[Role, Caller]:

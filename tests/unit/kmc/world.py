@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from cipherfleet.channel import signing
-from cipherfleet.channel.certificates import Credentials, key_to_pem, make_request, new_key, public_key_der
+from cipherfleet.channel.certificates import Credentials, identity_of, key_to_pem, make_request, new_key, public_key_der, split
 from cipherfleet.channel.client import Caller
 from cipherfleet.channel.frames import Frames
 from cipherfleet.contract.errors import KmcUnavailable
@@ -35,6 +35,7 @@ from cipherfleet.contract.kmc_api import (
     CmkLoaded,
     CmkReleased,
     DownloadSignal,
+    EnrolConfirmation,
     EnrolReply,
     EnrolRequest,
     EscrowReceipt,
@@ -170,7 +171,7 @@ class World:
         operator = await self.operator()
         consumer.reply = await operator.call("POST", "/v1/consumers", consumer.request(), reply=EnrolReply)
         if confirm:
-            await operator.call("POST", f"/v1/consumers/{name}/confirm")
+            await operator.call("POST", f"/v1/consumers/{name}/confirm", consumer.confirmation())
         return consumer
 
     async def audit_lines(self, consumer: str) -> list[tuple[str, str]]:
@@ -193,6 +194,9 @@ class TestConsumer:
     def request(self) -> EnrolRequest:
         ours = Identity(Role.UKEY, "ignored", self.name)
         return EnrolRequest(self.name, make_request(self.identity_key, ours), make_request(self.channel_key, ours))
+
+    def confirmation(self) -> EnrolConfirmation:
+        return EnrolConfirmation(identity_of(split(self.reply.identity.chain)[0]).id)
 
     def terminal(self) -> Caller:
         channel = self.reply.channel

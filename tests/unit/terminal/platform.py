@@ -32,6 +32,7 @@ from cipherfleet.contract.kmc_api import (
     ConsumerEntry,
     ConsumerList,
     DownloadSignal,
+    EnrolConfirmation,
     EnrolReply,
     EnrolRequest,
     LeaseRequested,
@@ -210,6 +211,7 @@ class Kmc:
 
     async def _confirm(self, call: Call) -> Done:
         consumer = call.path("consumer", ConsumerId)
+        assert (await call.body(EnrolConfirmation)).ukey == f"ukey-{consumer[:4]}0001"
         error = (self.fail.get("confirm") or [None]).pop(0)
         if error is not None and error.hint != "after":
             raise error

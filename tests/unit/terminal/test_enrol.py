@@ -151,6 +151,16 @@ async def test_the_confirmation_is_refused(platform: Platform) -> None:
     assert nothing_is_left(platform)
 
 
+async def test_another_enrolment_of_the_name_came_between(platform: Platform) -> None:
+    """The other one keeps consumer and domain; only the Ukey goes."""
+    platform.kmc.fail["confirm"] = [Exists("another enrolment")]
+    with pytest.raises(Exists):
+        await platform.enrol()
+    assert platform.kmc.consumers == {ACME: "pending"}
+    assert platform.management.domains == {ACME}
+    assert not platform.ukey.exists()
+
+
 async def test_the_confirmation_never_arrives(platform: Platform) -> None:
     platform.kmc.fail["confirm"] = [HsmUnavailable("away")] * 3
     with pytest.raises(HsmUnavailable):
