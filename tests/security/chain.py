@@ -5,11 +5,12 @@ import contextlib
 import re
 import sqlite3
 from base64 import b64encode
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from cipherfleet.computing.engine_wrap import OAEP, unwrap
@@ -54,16 +55,20 @@ def open_hsm(cloud: TestCloud) -> EmbeddedHsm:
 
 
 def hsm_keys(cloud: TestCloud) -> dict[str, bytes]:
-    """Root key, signing key and the CAs' private keys by label: 32 bytes each, the raw key or the private scalar."""
+    """Root key, signing key and the CAs' private keys by label, 32 bytes each, as they stand in memory.
+
+    OpenSSL keeps a private scalar as a number: least significant byte first on all machines that we run on.
+    """
     found: dict[str, bytes] = {}
     for key in open_hsm(cloud)._keys.values():
-        material = key.material()
-        if len(material) != 32:
-            private = serialization.load_der_private_key(material, None)
-            assert isinstance(private, ec.EllipticCurvePrivateKey)
-            material = private.private_numbers().private_value.to_bytes(32, "big")
-        found[key.label] = material
+        private = key.private
+        found[key.label] = key.material() if private is None else private.private_numbers().private_value.to_bytes(32, "little")
     return found
+
+
+def reversed_too(keys: dict[str, bytes]) -> dict[str, bytes]:
+    """With each key's bytes from the other end as well: PKCS#8 has the most significant one first."""
+    return keys | {f"{name}, reversed": key[::-1] for name, key in keys.items()}
 
 
 async def unwrap_share(hsm: EmbeddedHsm, ciphertext_cmk: bytes, label: str) -> bytes:
@@ -133,12 +138,12 @@ def in_memory(pid: int, needles: dict[str, bytes]) -> set[str]:
     return found - {_MARKER}
 
 
-def in_files(folder: Path, needles: dict[str, bytes]) -> set[str]:
-    """The names of the needles that stand in any file below ``folder``, raw, as hex or as base64."""
+def in_bytes(contents: Iterable[bytes], needles: dict[str, bytes]) -> set[str]:
+    """The names of the needles that stand in any of ``contents``, raw, as hex or as base64."""
     forms = {name: (n, n.hex().encode(), b64encode(n).rstrip(b"=")) for name, n in needles.items()}
-    found: set[str] = set()
-    for path in folder.rglob("*"):
-        if path.is_file():
-            content = path.read_bytes()
-            found |= {name for name, shapes in forms.items() if any(shape in content for shape in shapes)}
-    return found
+    return {name for content in contents for name, shapes in forms.items() if any(shape in content for shape in shapes)}
+
+
+def in_files(folder: Path, needles: dict[str, bytes]) -> set[str]:
+    """The same of any file below ``folder``."""
+    return in_bytes((path.read_bytes() for path in folder.rglob("*") if path.is_file()), needles)

@@ -19,7 +19,7 @@ from cipherfleet.app import wiring
 from cipherfleet.computing.engine_wrap import unwrap
 from cipherfleet.contract.errors import EscrowRowTampered
 from cipherfleet.contract.ids import ConsumerId
-from tests.security.chain import ROOT_LABEL, cmk_of, in_files, in_memory, key_chain, open_hsm, rows_of, unwrap_share, wrapping_of
+from tests.security.chain import ROOT_LABEL, cmk_of, in_bytes, in_files, in_memory, key_chain, open_hsm, rows_of, unwrap_share, wrapping_of
 from tests.support import TestCloud, cloud_in, eventually
 
 TAP = """
@@ -124,7 +124,10 @@ def test_with_everything_the_operator_has_nothing_decrypts(tapped: TestCloud, tm
         assert not opens(candidate)
     assert tried > 1000
     print(f"{tried} candidates from {len(values)} recorded values tried")  # noqa: T201
-    assert in_files(tmp_path, {"Ukey share": chain.ukey_share, **chain.secrets()}) == set(), "disk and record"
+    secrets = {"Ukey share": chain.ukey_share, **chain.secrets()}
+    assert in_bytes(values, {"HSM share, wrapped": b64decode(released["ciphertext_cmk"])}), "positive control"
+    assert in_bytes(values, secrets) == set(), "said, inside of whatever else"
+    assert in_files(tmp_path, secrets) == set(), "disk and record"
 
 
 @pytest.mark.root
