@@ -382,14 +382,17 @@ async def test_a_certificate_that_has_expired(world: World) -> None:
 
 
 async def test_an_expired_vcm_certificate_fails_in_the_handshake(tmp_path: Path) -> None:
-    async with world_in(tmp_path, structs.replace(FAST, vcm_certificate_s=2.0)) as world:
+    async with world_in(tmp_path, structs.replace(FAST, vcm_certificate_s=30.0)) as world:
         alice = await world.enrol()
-        world.clock.ahead = -60
-        machine, vcm = await world.machine(), TestVcm(world, alice)
-        await vcm.put_card(machine)
-        await vcm.authorise(await world.management())
-        await vcm.certify(machine)
-        assert await refused_in_handshake(world.url, Credentials(key_to_pem(vcm.key), vcm.chain.chain, alice.reply.root))
+        machine, management = await world.machine(), await world.management()
+        for ahead, expired in ((0.0, False), (-60.0, True)):
+            world.clock.ahead = ahead
+            vcm = TestVcm(world, alice)
+            await vcm.put_card(machine)
+            await vcm.authorise(management)
+            await vcm.certify(machine)
+            credentials = Credentials(key_to_pem(vcm.key), vcm.chain.chain, alice.reply.root)
+            assert await refused_in_handshake(world.url, credentials) is expired
 
 
 async def test_a_renewed_certificate(world: World) -> None:
