@@ -2,6 +2,7 @@
 
 import pytest
 
+from cipherfleet.channel.certificates import Credentials, key_to_pem, new_key
 from cipherfleet.channel.client import Caller
 from cipherfleet.contract.errors import CertificateInvalid, Malformed, NotPermitted, RouteUnknown, TooLarge, Unsupported
 from cipherfleet.contract.identities import Role
@@ -40,13 +41,15 @@ BODIES = [r for r in ROUTES if r[0] in ("POST", "PUT") and not r[1].endswith(("/
 
 
 async def callers(world: World) -> dict[Role, Caller]:
-    alice = await world.enrol()
+    alice, key = await world.enrol(), new_key()
+    application = Credentials(key_to_pem(key), (await alice.application(key=key)).chain, alice.reply.root)
     return {
         Role.OPERATOR: await world.operator(),
         Role.MANAGEMENT: await world.management(),
         Role.MACHINE: await world.machine(),
         Role.VCM: (await start_vcm(world, alice, await alice.plug_in())).caller,
         Role.TERMINAL: alice.terminal(),
+        Role.APPLICATION: world.call_as(application),
     }
 
 

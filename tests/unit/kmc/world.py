@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 
 from cipherfleet.channel import signing
 from cipherfleet.channel.certificates import Credentials, identity_of, key_to_pem, make_request, new_key, public_key_der, split
@@ -228,8 +228,10 @@ class TestConsumer:
     async def application(self, name: str = "shop", **changes: Any) -> Chain:
         return (await self.apply(name, **changes)).chain
 
-    async def apply(self, name: str = "shop", *, since: int = 0, **changes: Any) -> ApplicationReply:
-        key = new_key()
+    async def apply(
+        self, name: str = "shop", *, since: int = 0, key: ec.EllipticCurvePrivateKey | None = None, **changes: Any
+    ) -> ApplicationReply:
+        key = key or new_key()
         statement = await self.statement(public_key_der(key.public_key()), name, **changes)
         request = ApplicationRequest(statement, make_request(key, Identity(Role.APPLICATION, name, self.name)), since)
         return await self.terminal().call("POST", "/v1/applications", request, reply=ApplicationReply)
