@@ -1,5 +1,6 @@
 """Two consumers on one cloud know nothing of each other, and cannot reach each other's VCMs."""
 
+import asyncio
 import os
 import shutil
 import socket
@@ -16,7 +17,11 @@ import pytest
 from cipherfleet import SyncClient
 from cipherfleet.channel import tls
 from cipherfleet.channel.certificates import Credentials
+from cipherfleet.channel.client import Caller
+from cipherfleet.contract.errors import CipherfleetError, ServiceUnavailable
 from cipherfleet.contract.profile import Profile
+from cipherfleet.terminal.callers import KMC, MANAGEMENT
+from cipherfleet.terminal.ukey import DirectoryUkey
 from tests.support import Consumer, TestCloud, cloud_in, command, profile_file, refusal
 
 
@@ -31,21 +36,27 @@ def credentials(own: Profile, trust: str) -> Credentials:
     return Credentials(own.key.encode(), own.chain.encode(), trust.encode())
 
 
+def knock(own: Profile, at: Consumer, trust: str) -> bytes:
+    """What the VCM of ``at`` answers to an application that trusts whatever it meets; empty when it cuts the connection."""
+    context = tls.client_context(credentials(own, trust))
+    context.check_hostname = False
+    host, port = at.vcms()[0].endpoint.removeprefix("https://").split(":")
+    # TLS 1.3 lets the client finish first; the server's refusal is the first thing that can be read.
+    with socket.create_connection((host, int(port)), timeout=5) as plain:
+        try:
+            with context.wrap_socket(plain) as connection:
+                connection.sendall(b"GET /v1/health HTTP/1.1\r\nHost: x\r\n\r\n")
+                return connection.recv(100)
+        except (ssl.SSLError, ConnectionError):
+            return b""
+
+
 def test_a_foreign_application_fails_in_the_handshake(pair: tuple[Consumer, Consumer]) -> None:
     """Whatever the foreign application trusts: the VCM does not trust it, and never reads a byte of its request."""
-    a, b = (c.sign_in() for c in pair)
-    context = tls.client_context(credentials(b, a.trust))
-    context.check_hostname = False
-    host, port = a.endpoints[0].removeprefix("https://").split(":")
-    # TLS 1.3 lets the client finish first; the server's refusal is the first thing that can be read.
-    with (
-        socket.create_connection((host, int(port)), timeout=5) as plain,
-        pytest.raises((ssl.SSLError, ConnectionError)),
-        context.wrap_socket(plain) as connection,
-    ):
-        connection.sendall(b"GET /v1/health HTTP/1.1\r\nHost: x\r\n\r\n")
-        if not connection.recv(100):
-            raise ConnectionResetError
+    a, b = pair
+    own, foreign = a.sign_in(), b.sign_in()
+    assert knock(own, a, own.trust).startswith(b"HTTP/1.1 200 "), "positive control"
+    assert knock(foreign, a, own.trust) == b""
 
 
 def test_our_client_refuses_a_foreign_vcm(pair: tuple[Consumer, Consumer]) -> None:
@@ -70,6 +81,35 @@ def test_keys_and_audit_lines_of_others_are_invisible(pair: tuple[Consumer, Cons
             assert refusal(attempt) == "key-unknown"
         assert {line.consumer for line in theirs.audit()} == {b.name}
         assert mine.decrypt(ciphertext) == b"mine"
+
+
+def test_tokens_and_traces_of_others_are_invisible(shared_cloud: TestCloud, pair: tuple[Consumer, Consumer]) -> None:
+    """Who has a certificate of this cloud gets through the platform's handshake, and no further."""
+    a, b = pair
+    profile, theirs = a.sign_in(), b.vcms()[0].id
+    with DirectoryUkey.open(a.ukey, a.pin) as ukey:
+        terminal = ukey.channel(ukey.record.root)
+    cloud = shared_cloud.cloud
+    doors = {
+        (cloud.management_url, MANAGEMENT.dns_name): ("/v1/vcms", f"/v1/vcms/{theirs}", "/v1/status"),
+        (cloud.kmc_url, KMC.dns_name): (f"/v1/vcms/{theirs}", "/v1/escrow", "/v1/audit", f"/v1/audit?consumer={b.name}"),
+    }
+
+    async def refusals(own: Credentials) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for (url, name), paths in doors.items():
+            async with Caller(url, name, own, ServiceUnavailable) as caller:
+                for path in paths:
+                    try:
+                        await caller.call("GET", path)
+                    except CipherfleetError as error:
+                        found[url + path] = error.code
+        return found
+
+    expected = {url + path: "not-permitted" for (url, _), paths in doors.items() for path in paths}
+    for own in (terminal, credentials(profile, profile.root)):
+        assert asyncio.run(refusals(own)) == expected, own
+    assert shared_cloud.vcm(theirs).trace, "positive control: there is something to see"
 
 
 domain = pytest.mark.skipif(
