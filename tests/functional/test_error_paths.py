@@ -12,7 +12,7 @@ import pytest
 
 from cipherfleet.contract.ciphertext import HEADER_BYTES
 from cipherfleet.contract.vcc import CHUNK_BYTES
-from tests.support import PIN, QUICK, Consumer, Result, TestCloud, command, profile_file
+from tests.support import PIN, QUICK, Consumer, Result, TestCloud, cloud_in, command, profile_file
 
 
 def failed(result: Result, code: str) -> None:
@@ -128,6 +128,46 @@ def test_a_full_disk_while_enrolling(shared_cloud: TestCloud, pin: Path, tmp_pat
     assert "full-disk" not in {c["name"] for c in listed}
     again = ("consumer", "enroll", "full-disk", "--ukey", tmp_path / "ukey", "--pin-file", pin, "--state", state, "--json")
     assert command(*again).status == 0
+
+
+@contextmanager
+def filled(folder: Path, room: int) -> Iterator[None]:
+    """A file system with ``room`` bytes left."""
+    ballast, free = folder / "ballast", os.statvfs(folder)
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - room)
+    try:
+        yield
+    finally:
+        ballast.unlink()
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_a_platform_without_room_enrols_nobody_by_halves(pin: Path, tmp_path: Path) -> None:
+    """However far an enrolment comes before the disk is full: the HSM's file, the KMC's database, the management's, the KMC's again."""
+    with mounted(tmp_path / "state", "size=32m") as state, cloud_in(tmp_path, machines=1) as cloud:
+        early = cloud.enrol("early")
+        early.plug_in()
+        with early.client() as client:
+            ciphertext = client.encrypt(client.create_key("AES-256-GCM").id, b"from before")
+        for room in range(0, 200, 16):
+            name, ukey = f"room-{room}", tmp_path / f"room-{room}"
+            enrol = ("consumer", "enroll", name, "--ukey", ukey, "--pin-file", pin, "--state", state, "--json")
+            with filled(state, room * 1024):
+                result = command(*enrol)
+            if result.status == 0:
+                break
+            failed(result, "disk-full")
+            assert not list(tmp_path.glob(f"*{name}*")), "no Ukey"
+            listed = {c["name"]: c["state"] for c in command("consumer", "list", "--state", state, "--json").document}
+            assert listed.get(name, "pending") == "pending"  # taking it back needs room, too
+            assert room > 0 or name not in listed
+            assert command(*enrol).status == 0, "with room"
+        assert room > 16
+        Consumer(cloud, "room-0", tmp_path / "room-0").plug_in()
+        with early.client() as client:
+            assert client.decrypt(ciphertext) == b"from before"
 
 
 def test_enrolling_twice(shared_cloud: TestCloud, consumer: Consumer, pin: Path, tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ async def enrol(
 ) -> EnrolResult:
     """Enrol ``consumer`` (the callers are the operator's) and write its Ukey to ``folder``.
 
-    A failure undoes everything: no consumer, no domain, no folder. Raises ``Exists``, ``PinWrong``, ``DiskFull``,
+    A failure undoes everything: no consumer, no domain, no folder. Where the platform has no room to write that down, the
+    consumer stays pending, and the next enrolment of that name replaces it. Raises ``Exists``, ``PinWrong``, ``DiskFull``,
     ``FileProblem``, ``CertificateInvalid``, or what KMC or management answered.
     """
     if not is_slug(consumer):
