@@ -239,6 +239,7 @@ def test_a_kill_after_a_step_of_a_deletion(held: Held, agent: Consumer, step: in
     deletion(held, agent, step, role)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "role"), MIDDLE, ids=[f"m{s}-{r}" for s, r in MIDDLE])
 def test_a_kill_in_the_middle_of_a_step(held: Held, agent: Consumer, step: int, role: str) -> None:
     """Somewhere in ``step``: the one before is done, this one has begun."""
