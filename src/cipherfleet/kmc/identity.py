@@ -95,6 +95,7 @@ class IdentityDesk:
 
         def commit(connection: Connection) -> None:
             store.get_consumer(connection, consumer)
+            self._service.revoke.check_token(token.id)
             if store.count_tokens(connection, consumer) >= MAX_TOKENS:
                 raise LimitReached(f"{consumer} has {MAX_TOKENS} VCMs and tokens, no more")
             store.add_token(connection, token)

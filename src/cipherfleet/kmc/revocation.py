@@ -6,14 +6,14 @@ What the disk did not take is written again in the background until it does.
 
 import asyncio
 import logging
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
 from sqlalchemy import Connection
 
-from cipherfleet.contract.errors import CipherfleetError, ConsumerRevoked, EnvironmentFault, ForeignConsumer, ServiceOff
+from cipherfleet.contract.errors import CipherfleetError, ConsumerRevoked, EnvironmentFault, ForeignConsumer, ServiceOff, TokenStale
 from cipherfleet.contract.identities import Role
 from cipherfleet.contract.ids import ConsumerId, Serial, TokenId, VcmId
 from cipherfleet.kmc import audit, store
@@ -23,6 +23,9 @@ from cipherfleet.kmc.sessions import Sessions, TerminalChannel, VcmChannel
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+MOST_VOID = 4096
+"""Tokens that are remembered as revoked, the newest: an identity that is being verified has its turn long before."""
 
 FAREWELL_S = 0.3
 """How long a channel may take to say why it closes; requests are refused meanwhile."""
@@ -37,6 +40,7 @@ class Revocation:
     def __init__(self, center: Center, sessions: Sessions) -> None:
         self._center, self._sessions = center, sessions
         self._unsettled: defaultdict[ConsumerId, set[str]] = defaultdict(set)
+        self._void: OrderedDict[TokenId, None] = OrderedDict()
 
     def check_settled(self, consumer: ConsumerId) -> None:
         """Raises ``ServiceOff`` while a revocation of this consumer waits for the disk: nothing is built on what it revokes."""
@@ -176,10 +180,18 @@ class Revocation:
 
         return committed
 
-    async def token(self, id_: TokenId, *, actor: str) -> None:
-        """A token, and the VCM that is bound to it."""
+    def check_token(self, id_: TokenId) -> None:
+        """Raises ``TokenStale`` for a token that was revoked before it was made."""
+        if id_ in self._void:
+            raise TokenStale("this token was revoked before it was made")
 
-        token = await self._center.database.read(partial(store.find_token, id_=id_))
+    async def token(self, id_: TokenId, *, actor: str) -> None:
+        """A token, and the VCM that is bound to it. One whose making is still under way (who wanted it gave up) is never made."""
+        self._void[id_] = None
+        while len(self._void) > MOST_VOID:
+            self._void.popitem(last=False)
+        # In turn with whoever makes it, so that it is there by now, or will not be.
+        token = await self._center.database.write(partial(store.find_token, id_=id_))
         if token is None:
             return
         at, consumer = self._center.wall_clock(), token.consumer

@@ -6,7 +6,7 @@ import pytest
 from cryptography import x509
 from msgspec import structs
 
-from cipherfleet.channel import signing
+from cipherfleet.channel import codec, signing
 from cipherfleet.channel.certificates import check_chain, identity_of, make_request, new_key
 from cipherfleet.contract.errors import (
     CardUntrusted,
@@ -111,6 +111,18 @@ async def test_a_replayed_request(world: World) -> None:
     with pytest.raises(ChallengeReplayed):
         await management.call("POST", "/v1/identity/verify", request, reply=IdentityReply)
     assert ("identity-verified", ChallengeReplayed.code) in await world.audit_lines("alice")
+
+
+async def test_a_token_that_was_revoked_before_it_was_made_is_never_made(world: World) -> None:
+    """Who asked for it gave up, and had it revoked by its name while the request was still on its way."""
+    alice, management = await world.enrol(), await world.management()
+    request = await alice.identity_request(management)
+    nonce = codec.decode(request.payload, IdentityRequest).nonce
+    await management.call("DELETE", f"/v1/tokens/{token_id_of(nonce)}")
+    with pytest.raises(TokenStale):
+        await management.call("POST", "/v1/identity/verify", request, reply=IdentityReply)
+    assert await world.database.read(lambda connection: store.count_tokens(connection, alice.name)) == 0
+    await alice.token(management)  # the next one is
 
 
 async def test_wrong_requests(world: World) -> None:
