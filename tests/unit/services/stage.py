@@ -16,6 +16,7 @@ from cipherfleet.channel.sealing import TrustedCard, share_info
 from cipherfleet.channel.server import Server
 from cipherfleet.computing import engine_wrap
 from cipherfleet.computing.card_function import VirtualFunction, Work
+from cipherfleet.computing.vcm_process import KEEPALIVE_TIMEOUT_S, MAX_PER_CERTIFICATE
 from cipherfleet.contract.algorithms import algorithm
 from cipherfleet.contract.errors import (
     ApplicationRevoked,
@@ -217,7 +218,9 @@ class Stage:
     def __init__(self, host: StageHost, domain: Authority) -> None:
         self.host, self.domain = host, domain
         self.server_credentials = domain.credentials(Identity(Role.VCM, VCM, host.consumer), trust=domain.pem)
-        self.server = Server(self.server_credentials)
+        self.server = Server(  # as a VCM's
+            self.server_credentials, keepalive_timeout=KEEPALIVE_TIMEOUT_S, max_per_certificate=MAX_PER_CERTIFICATE
+        )
         self.url = ""
 
     @staticmethod
