@@ -33,7 +33,7 @@ from cipherfleet.contract.ids import ConsumerId
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.vcm_api import EndpointsReply
 from cipherfleet.services import wire
-from cipherfleet.services.middleware.endpoints import CONNECT_S, Endpoints
+from cipherfleet.services.middleware.endpoints import Endpoints
 from cipherfleet.services.middleware.sources import Bytes, Upload
 
 T = TypeVar("T")
@@ -41,6 +41,7 @@ Headers: TypeAlias = Mapping[str, str]
 
 REFRESH_S = 30.0
 HANDSHAKE_S = 5.0
+"""For connection and TLS handshake together: many begun at once take turns on both sides."""
 KEEP_S = 300.0
 _SMALL_BYTES = 64 * 1024
 _MAX_ERROR_BYTES = 64 * 1024
@@ -137,7 +138,7 @@ class Connection:
         context.check_hostname = False  # VcmConnector checks role and consumer instead
         self._session = aiohttp.ClientSession(
             connector=VcmConnector(context, self.profile.consumer, not_after),
-            timeout=aiohttp.ClientTimeout(total=None, connect=HANDSHAKE_S, sock_connect=CONNECT_S, sock_read=None),
+            timeout=aiohttp.ClientTimeout(total=None, connect=HANDSHAKE_S, sock_connect=HANDSHAKE_S, sock_read=None),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"Accept-Encoding": "identity", "User-Agent": "cipherfleet"},
             auto_decompress=False,
