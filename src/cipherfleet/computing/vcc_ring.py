@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from cipherfleet.channel import codec
 from cipherfleet.computing.vcc_driver import Answered, Data, Driver
-from cipherfleet.computing.vcc_memory import Memory
+from cipherfleet.computing.vcc_memory import WORD, Memory
 from cipherfleet.contract.errors import CardUnavailable, CipherfleetError, ErrorBody, TooLarge
 from cipherfleet.contract.vcc import MAX_DATA_BYTES, MAX_PARAMETER_BYTES, MAX_SUBMIT_BYTES, Completion, Operation, Status
 
@@ -114,7 +114,7 @@ class RingCard:
         parts = self._parts
         if parts is None:
             raise CardUnavailable("the crypto card is gone")
-        number = self._number = (self._number + 1) & 0xFFFFFFFF
+        number = self._number = (self._number + 1) & WORD
         if number in self._pending or not parts.driver.push(operation, number, handle, parameters, data):
             return None
         self._pending[number] = _Pending(operation, asyncio.get_running_loop().create_future())

@@ -191,7 +191,6 @@ class Counter(IntEnum):
     """Where a counter is in the first page, in words of 32 bits: each in a cache line of its own."""
 
     SUBMITTED = 0  # the VCM: requests put into the ring
-    TAKEN = 16  # the card: requests taken out of it
     COMPLETED = 32  # the card: completions put into the ring
     SEEN = 48  # the VCM: completions taken out of it
     CARD_SLEEPS = 64  # the card: 1 when it wants its doorbell rung
