@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from typing import Any
 
@@ -42,6 +43,7 @@ class Lifecycle:
         self._modules = modules
         self._locks: dict[ConsumerId, asyncio.Lock] = {}
         self._running: dict[ConsumerId, _Running] = {}
+        self._moves: Counter[ConsumerId] = Counter()
         self._asked: set[asyncio.Task[VcmRecord]] = set()
 
     async def close(self) -> None:
@@ -61,6 +63,10 @@ class Lifecycle:
         """Whether a run of this consumer is under way."""
         lock = self._locks.get(consumer)
         return lock is not None and lock.locked()
+
+    def moves(self, consumer: ConsumerId) -> int:
+        """How many runs of this consumer began, plus how many ended: what was read between two equal counts was not amid a change."""
+        return self._moves[consumer]
 
     # -- what the operator asks for ------------------------------------------------------------------------------------
 
@@ -161,9 +167,11 @@ class Lifecycle:
     async def _exclusive(self, consumer: ConsumerId) -> AsyncIterator[_Running]:
         async with self._locks.setdefault(consumer, asyncio.Lock()):
             running = self._running[consumer] = _Running()
+            self._moves[consumer] += 1
             try:
                 yield running
             finally:
+                self._moves[consumer] += 1
                 del self._running[consumer]
 
     def _interrupt(self, consumer: ConsumerId, error: CipherfleetError, vcm: VcmId | None = None) -> None:

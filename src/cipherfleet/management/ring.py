@@ -103,17 +103,22 @@ class Ring:
     async def _views(self) -> tuple[ConsumerView, ...]:
         modules, now = self._modules, time.monotonic()
         working = set(self._tasks.values())
+        domains = await modules.store.domains()
+        before = {d.consumer: self._lifecycle.moves(d.consumer) for d in domains}
         vcms = await modules.store.vcms()
         return tuple(
             ConsumerView(
                 consumer=domain.consumer,
                 wanted=domain.wanted,
                 absent_s=self.absent_s(domain.consumer),
-                busy=domain.consumer in working or self._lifecycle.busy(domain.consumer),
+                # A run that ended since would make a finished creation look like an interrupted one.
+                busy=domain.consumer in working
+                or self._lifecycle.busy(domain.consumer)
+                or self._lifecycle.moves(domain.consumer) != before[domain.consumer],
                 resting=now < self._rest_until.get(domain.consumer, 0.0),
                 vcms=tuple(self._view(v) for v in vcms if v.consumer == domain.consumer),
             )
-            for domain in await modules.store.domains()
+            for domain in domains
         )
 
     def _view(self, vcm: VcmRecord) -> VcmView:
@@ -122,8 +127,9 @@ class Ring:
 
     async def _clear_strangers(self) -> None:
         """Instances that a machine has and the inventory does not: a build order that arrived after its undoing."""
+        machines = self._modules.monitor.machines  # before the inventory is read: no instance is older than its record
         known = {v.id for v in await self._modules.store.vcms()}
-        for machine in self._modules.monitor.machines:
+        for machine in machines:
             for report in machine.vcms:
                 if report.id not in known:
                     log.warning("%s runs %s, which is not in the inventory: it is deleted", machine.id, report.id)

@@ -17,11 +17,15 @@ from cipherfleet.contract.management_api import (
     IdentityAnswered,
     IdentityWanted,
     Inserted,
+    LoggedIn,
+    LoginPermit,
     ServiceOn,
     VcmCreateRequest,
     VcmDetail,
 )
 from cipherfleet.contract.statements import IdentityRequest
+from cipherfleet.management.inventory import VcmRecord
+from cipherfleet.management.store import Store
 from tests.unit.management.world import ACME, BOLT, QUICK, SETTINGS, UKEYS, World, until, world_in
 
 
@@ -52,6 +56,39 @@ async def test_a_failed_vcm_is_replaced_while_the_ukey_is_in(world: World, loss:
     assert new != vcm
     assert deletion(await world.detail(vcm)) == actors(Actor.SCHEDULER)
     assert not [f for f in terminal.heard if isinstance(f, DeletePermit)]  # service goes on
+
+
+async def test_a_creation_that_ends_while_the_ring_reads_is_no_interrupted_one(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, _ = await world.serving()
+    stale, finished = asyncio.Event(), asyncio.Event()
+    real = Store.vcms
+
+    async def slow(store: Store, *, consumer: ConsumerId | None = None) -> list[VcmRecord]:
+        found = await real(store, consumer=consumer)
+        if not finished.is_set() and any(v.state is VcmState.PREPARING for v in found) and consumer is None:
+            stale.set()
+            await finished.wait()
+        return found
+
+    terminal.mute.add(LoginPermit)
+    creation = asyncio.create_task(create(world))
+    permit = await terminal.wait_for(LoginPermit, 2)
+    monkeypatch.setattr(Store, "vcms", slow)
+    await asyncio.wait_for(stale.wait(), 5)
+    world.bring_up(permit.vcm)
+    assert terminal.frames is not None
+    await terminal.frames.send(LoggedIn(permit.vcm))
+    created = (await creation).vcm.id
+    finished.set()
+    for _ in range(5):
+        polls = world.machines[0].calls["status"]
+        await until(lambda polls=polls: _polled(world, polls))  # type: ignore[misc]
+    detail = await world.detail(created)
+    assert (detail.vcm.state, deletion(detail)) == (VcmState.SERVING, [])
+
+
+async def _polled(world: World, since: int) -> bool:
+    return world.machines[0].calls["status"] > since
 
 
 async def test_a_creation_that_failed_is_tried_again_after_a_rest(quick: World) -> None:
