@@ -8,7 +8,8 @@ import hmac
 import logging
 import secrets
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -20,7 +21,7 @@ from cipherfleet.computing.card_lease import Lease, boottime
 from cipherfleet.computing.card_tables import KeyTable, StreamTable
 from cipherfleet.computing.engine import Key
 from cipherfleet.computing.engine_memory import Data, wipe
-from cipherfleet.computing.engine_message import Encryptor
+from cipherfleet.computing.engine_message import Decryptor, Encryptor
 from cipherfleet.computing.engine_stream import Stream, open_stream
 from cipherfleet.contract.algorithms import Algorithm, Kind, algorithm
 from cipherfleet.contract.errors import (
@@ -56,6 +57,8 @@ T = TypeVar("T")
 
 MAX_RANDOM_BYTES = 1024 * 1024
 MAX_ATTRIBUTE_BYTES = 64 * 1024
+LONG_BYTES = 32 * 1024
+"""Of more data the work is worth a change of threads."""
 WAITING_S = 30.0
 """A CMK that no lease follows is dropped again after this time."""
 
@@ -80,13 +83,17 @@ class Answer(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The slow part of an operation: ``run`` belongs into a thread, its result goes to ``VirtualFunction.complete``."""
+    """The slow part of an operation: ``run`` belongs into a thread, its result goes to ``VirtualFunction.complete``.
 
-    run: Callable[[], bytearray]
-    chain: KeyChain
-    row: RowRequest
-    attributes: VersionAttributes
-    algorithm: Algorithm
+    ``alone``: nothing else of this vCC may begin before it is complete; ``lasting``: it takes a good part of a second.
+    """
+
+    run: Callable[[], Any]
+    keep: Callable[[Any], Answer]
+    life: int
+    alone: bool = False
+    lasting: bool = False
+    done: Callable[[bool], None] = lambda _well: None
 
 
 class VirtualFunction:
@@ -112,6 +119,7 @@ class VirtualFunction:
         self._waits_until = 0.0
         self._ended = False
         self._newest_point = (-1, -1)
+        self._life = 0
         self._keys, self._streams = KeyTable(), StreamTable()
         self._without_lease: dict[int, Callable[[Request], Answer]] = {
             Operation.NULL: lambda _: Answer(),
@@ -145,6 +153,10 @@ class VirtualFunction:
         """How many keys are loaded."""
         return len(self._keys)
 
+    def limit_keys(self, most: int) -> None:
+        """From now on; what is loaded stays."""
+        self._keys.most = most
+
     @property
     def serving(self) -> bool:
         return self._chain is not None and self._lease.serving
@@ -165,7 +177,8 @@ class VirtualFunction:
             self._ended = ended
 
     def drop(self) -> None:
-        """Zeroise all keys, end all streams, forget the lease."""
+        """Zeroise all keys, end all streams, forget the lease. What a thread is at, it ends; its result is thrown away."""
+        self._life += 1
         self._streams.clear()
         self._keys.clear()
         if self._chain is not None:
@@ -192,16 +205,35 @@ class VirtualFunction:
         answer = run(request)
         return answer if isinstance(answer, Work) else self._release(answer)
 
-    def complete(self, work: Work, material: bytearray) -> Answer:
-        """The rest of an operation, after its ``Work`` was done. Takes ``material`` over."""
+    def complete(self, work: Work, result: Any, error: Exception | None = None) -> Answer:
+        """The rest of an operation, after its ``Work`` was done. Takes ``result`` over. Raises ``error``, or why it is thrown away."""
+        well = False
         try:
+            if error is not None:
+                raise error
             self.tick()
-            if self._require_lease() is not work.chain:
+            self._require_lease()
+            if work.life != self._life:
                 raise ServiceOff("the keys were dropped meanwhile")
-            return self._release(self._keep(work, material))
+            answer = work.keep(result)
+            well = True
         except BaseException:
-            wipe(material)
+            _destroy(result)
             raise
+        finally:
+            work.done(well)
+        return self._release(answer)
+
+    def run(self, operation: int, handle: int, parameters: bytes, data: Data, room: memoryview | None = None) -> Answer:
+        """``execute``, its work included."""
+        answer = self.execute(operation, handle, parameters, data, room)
+        if not isinstance(answer, Work):
+            return answer
+        try:
+            result = answer.run()
+        except Exception as exc:
+            return self.complete(answer, None, exc)
+        return self.complete(answer, result)
 
     # -- the lease -----------------------------------------------------------------------------------------------------
 
@@ -227,10 +259,7 @@ class VirtualFunction:
         try:
             self._require_lease()
         except (LeaseExpired, ServiceOff):
-            if isinstance(answer.data, bytearray):
-                wipe(answer.data)
-            elif isinstance(answer.data, memoryview):
-                answer.data[:] = bytes(len(answer.data))
+            _destroy(answer.data)
             raise
         return answer
 
@@ -330,8 +359,7 @@ class VirtualFunction:
     def _generate(self, request: Request) -> Answer | Work:
         row = _parameters(request, RowRequest)
         attributes, chosen = self._wanted(row)
-        work = Work(lambda: engine.generate_material(chosen), self._require_chain(), row, attributes, chosen)
-        return work if engine.is_slow(chosen) else self._keep(work, work.run())
+        return self._make(row, attributes, chosen, lambda: engine.generate_material(chosen))
 
     def _import(self, request: Request) -> Answer | Work:
         """Key material that an application sealed to this card; the VCM that brings it cannot read it."""
@@ -345,8 +373,7 @@ class VirtualFunction:
         if brought.consumer != self.consumer or brought.algorithm != chosen.name:
             wipe(brought.material)
             raise SealedForeign("the key material was sealed for another consumer or algorithm")
-        work = Work(lambda: engine.check_material(chosen, brought.material), self._require_chain(), row, attributes, chosen)
-        return work if engine.is_slow(chosen) else self._keep(work, work.run())
+        return self._make(row, attributes, chosen, lambda: engine.check_material(chosen, brought.material))
 
     def _wanted(self, row: RowRequest, *, imported: bool = False) -> tuple[VersionAttributes, Algorithm]:
         """What a new version shall be."""
@@ -357,13 +384,19 @@ class VirtualFunction:
             raise WrongKeyType(f"there are no keys of {chosen.name}")
         return msgspec.structs.replace(attributes, imported=imported), chosen
 
-    def _keep(self, work: Work, material: bytearray) -> Answer:
-        attributes = msgspec.structs.replace(
-            work.attributes, algorithm=work.algorithm.name, public_key=engine.public_key(work.algorithm, material)
-        )
-        row = engine_wrap.wrap(work.chain.wrapping, self.consumer, work.row.key, work.row.version, codec.encode(attributes), material)
-        handle = self._keys.add(Key(work.row.key, work.row.version, work.algorithm, material))
-        return Answer(value=handle, parameters=codec.encode(row))
+    def _make(self, row: RowRequest, attributes: VersionAttributes, chosen: Algorithm, material: Callable[[], bytearray]) -> Answer | Work:
+        def keep(made: bytearray) -> Answer:
+            try:
+                self._keys.check_room()
+                whole = msgspec.structs.replace(attributes, algorithm=chosen.name, public_key=engine.public_key(chosen, made))
+                wrapping = self._require_chain().wrapping
+                wrapped = engine_wrap.wrap(wrapping, self.consumer, row.key, row.version, codec.encode(whole), made)
+            except BaseException:
+                wipe(made)
+                raise
+            return Answer(value=self._keys.add(Key(row.key, row.version, chosen, made)), parameters=codec.encode(wrapped))
+
+        return Work(material, keep, self._life, alone=True, lasting=True) if engine.is_slow(chosen) else keep(material())
 
     def _load(self, request: Request) -> Answer:
         row = _parameters(request, EscrowRow)
@@ -443,22 +476,60 @@ class VirtualFunction:
         stream, handles = self._open(request)
         return Answer(value=self._streams.add(stream, handles), data=stream.first)
 
-    def _update(self, request: Request) -> Answer:
-        return Answer(data=self._streams.update(request.handle, request.data, request.room))
+    def _update(self, request: Request) -> Answer | Work:
+        return self._part(request, last=False)
 
-    def _finish(self, request: Request) -> Answer:
-        return Answer(data=self._streams.finish(request.handle, request.data, request.room))
+    def _finish(self, request: Request) -> Answer | Work:
+        return self._part(request, last=True)
+
+    def _part(self, request: Request, *, last: bool) -> Answer | Work:
+        """The next part of a stream. Parts of an AEAD are independent of each other: several may be under way at once."""
+        number, streams = request.handle, self._streams
+        opened = streams.get(number)
+        step = streams.step(number, request.data, request.room, last=last)
+        opened.enter()
+
+        def done(well: bool) -> None:
+            opened.leave()
+            if last or not well:
+                streams.forget(number)
+
+        if self._is_long(opened.stream, request):
+            alone = last or not isinstance(opened.stream, Encryptor | Decryptor)
+            return Work(step, lambda data: Answer(data=data), self._life, alone=alone, done=done)
+        well = False
+        try:
+            answer = Answer(data=step())
+            well = True
+        finally:
+            done(well)
+        return answer
 
     def _abort(self, request: Request) -> Answer:
         self._streams.abort(request.handle)
         return Answer()
 
-    def _run(self, request: Request) -> Answer:
+    def _run(self, request: Request) -> Answer | Work:
         stream, _ = self._open(request)
+        if self._is_long(stream, request):
+            work = partial(stream.run, request.data, request.room)
+            return Work(work, lambda data: Answer(data=data), self._life, done=lambda _: stream.close())
         try:
             return Answer(data=stream.run(request.data, request.room))
         finally:
             stream.close()
+
+    @staticmethod
+    def _is_long(stream: Stream, request: Request) -> bool:
+        return len(request.data) >= LONG_BYTES or stream.heavy
+
+
+def _destroy(result: object) -> None:
+    """Wipe what nobody may have."""
+    if isinstance(result, bytearray):
+        wipe(result)
+    elif isinstance(result, memoryview):
+        result[:] = bytes(len(result))
 
 
 def _parameters(request: Request, kind: type[T]) -> T:

@@ -24,6 +24,7 @@ from cipherfleet.computing.card_control import (
     StatusWanted,
     VccStatus,
 )
+from cipherfleet.computing.card_engine import helpers
 from cipherfleet.computing.card_server import CardServer
 from cipherfleet.contract.errors import CardUnavailable, CipherfleetError, Internal
 from cipherfleet.contract.machine_api import CardReport
@@ -47,7 +48,7 @@ async def main(process: Confined, ready: Callable[[object], None], stop: asyncio
     """A card's life: until ``stop``, or until its machine is gone."""
     configuration, protection = process
     card = Card(configuration.machine)
-    server = CardServer(card)
+    server = CardServer(card, helpers())
     channel = ControlChannel(socket.socket(fileno=configuration.control))
     ready(CardReady(card.id, card.csr, card.transport.hpke_public_key, protection))
     control = asyncio.create_task(serve_control(channel, server, protection))

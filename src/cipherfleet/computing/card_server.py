@@ -1,8 +1,9 @@
 """The card's end of its vCCs: requests are taken from the rings, in turn, and answered.
 
-Deficit round robin between vCCs, counted in cost: each turn a vCC may spend so much, and saves what a long request needs.
-While there is work the rings are polled; a vCC that has been quiet for a while sleeps until its doorbell rings. One thread
-serves all, so nothing of a virtual function is ever seen by two. What is no request ends that one vCC.
+One run queue: deficit round robin between the vCCs, counted in cost and weighted. Each turn a vCC may spend so much, and
+saves what a long request needs. Short requests are served in the loop's own thread, long ones by the engine threads beside it;
+while those are all busy, whoever waits for one keeps its turn. While there is work the rings are polled; a vCC that has been
+quiet for a while sleeps until its doorbell rings. What is no request ends that one vCC.
 """
 
 import asyncio
@@ -10,40 +11,61 @@ import logging
 import os
 import socket
 import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from enum import Enum, auto
+from typing import Any
 
 from cipherfleet.computing import vcc_memory
 from cipherfleet.computing.card import Card
-from cipherfleet.computing.card_function import VirtualFunction, Work
+from cipherfleet.computing.card_engine import Engine
+from cipherfleet.computing.card_function import Answer, VirtualFunction, Work
+from cipherfleet.computing.card_rates import Rate, Statistics
 from cipherfleet.computing.vcc_device import Device
-from cipherfleet.contract.errors import CipherfleetError, Internal, Malformed
+from cipherfleet.contract.errors import CipherfleetError, Internal, Malformed, VcmUnknown
 from cipherfleet.contract.ids import ConsumerId, VcmId
-from cipherfleet.contract.vcc import Descriptor, Operation
+from cipherfleet.contract.vcc import Descriptor, Operation, VccLimits, VccStatistics
 
 log = logging.getLogger(__name__)
 
 QUANTUM = 128 * 1024
-"""What a vCC may spend in a turn: bytes, and ``OPERATION_COST`` for every request."""
+"""What a vCC of weight 1 may spend in a turn: bytes, and ``OPERATION_COST`` for every request."""
 OPERATION_COST = 8 * 1024
+INLINE_BYTES = 128 * 1024
+"""More data is never worked on in the loop's thread while there are others: it would keep everybody waiting."""
 TURN_S = 0.002
 """How long requests are served before the loop looks at anything else."""
 POLL_S = 100e-6
 """How long a quiet vCC is polled before it sleeps."""
 LONGEST_TIMER_S = 1.0
 """Timers stop while a host sleeps, leases do not: so the clock is looked at this often."""
+PAUSE_S = 0.05
+"""How long a vCC over its rates sleeps at most before what is urgent is looked for."""
+_URGENT = frozenset({Operation.LOAD_CMK, Operation.LEASE_NONCE, Operation.LEASE, Operation.DROP, Operation.CONFIRM, Operation.DESCRIBE})
+"""The lease hangs on these: they overtake what waits for rates or threads."""
 _MOVES_THE_DEADLINE = frozenset({Operation.LOAD_CMK, Operation.LEASE, Operation.DROP})
 
 
-class CardServer:
-    """Serves the vCCs of one card on the running loop."""
+class _Turn(Enum):
+    """How a vCC's turn ended."""
 
-    def __init__(self, card: Card) -> None:
+    POLL = auto()  # look again
+    SLEEP = auto()  # its doorbell, or a timer, brings it back
+    WAIT = auto()  # for a job to be done
+
+
+class CardServer:
+    """Serves the vCCs of one card on the running loop, with ``threads`` engine threads beside it."""
+
+    def __init__(self, card: Card, threads: int = 0) -> None:
         self.card = card
+        self.engine = Engine(threads, self._finished)
         self._vccs: dict[VcmId, _Vcc] = {}
         self._awake: dict[_Vcc, None] = {}  # in the order of their turns
+        self._waiting: dict[_Vcc, None] = {}
         self._scheduled = False
-        self._threads = ThreadPoolExecutor(1, "key-generation")
+        self._lasting = ThreadPoolExecutor(1, "key-generation")
 
     async def attach(self, vcm: VcmId, consumer: ConsumerId, sock: socket.socket) -> None:
         """Serve a new vCC, its parts given over ``sock``, until it is detached or the other end is closed. Raises ``Exists``."""
@@ -65,14 +87,28 @@ class CardServer:
         if vcc is not None:
             vcc.end()
 
+    def limit(self, vcm: VcmId, limits: VccLimits) -> None:
+        """Hold a vCC to ``limits`` from now on. Raises ``VcmUnknown``."""
+        vcc = self._vccs.get(vcm)
+        if vcc is None:
+            raise VcmUnknown(f"{vcm} has no vCC of this card")
+        vcc.limit(limits)
+
+    def look(self, vcm: VcmId) -> tuple[VccLimits, VccStatistics]:
+        """What a vCC is held to, and what it was seen to use."""
+        vcc = self._vccs.get(vcm)
+        return (vcc.limits, vcc.statistics.report()) if vcc is not None else (VccLimits(), VccStatistics())
+
     def close(self) -> None:
         for vcm in list(self._vccs):
             self.detach(vcm)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.engine.close()
+        self._lasting.shutdown(wait=False, cancel_futures=True)
 
     def ended(self, vcc: "_Vcc") -> None:
         self.card.detach(vcc.function)
         self._awake.pop(vcc, None)
+        self._waiting.pop(vcc, None)
         if self._vccs.get(vcc.function.vcm) is vcc:
             del self._vccs[vcc.function.vcm]
 
@@ -83,22 +119,64 @@ class CardServer:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._turn)
 
-    def start(self, work: Work) -> "Future[bytearray]":
-        return self._threads.submit(work.run)
+    def start_lasting(self, work: Work) -> "Future[Any]":
+        return self._lasting.submit(work.run)
+
+    def resume(self) -> None:
+        """A job is done: who waited goes on, in the order in which it began to wait."""
+        if self._waiting:
+            self._awake, self._waiting = {**self._waiting, **self._awake}, {}
+            self.wake(next(iter(self._awake)))
+
+    def _finished(self) -> None:
+        while (job := self.engine.done()) is not None:
+            assert isinstance(job, _Job)  # noqa: S101 - no others are started
+            job.finish()
+            self.resume()
 
     def _turn(self) -> None:
         self._scheduled = False
+        self.engine.awaited = False
         now = time.monotonic()
         end = now + TURN_S
         while now < end:
+            self._finished()
             for vcc in tuple(self._awake):
-                if not vcc.serve(now):
-                    self._awake.pop(vcc, None)
+                turn = vcc.serve(now)
+                if turn is _Turn.POLL:
+                    continue
+                self._awake.pop(vcc, None)
+                if turn is _Turn.WAIT:
+                    self._waiting[vcc] = None
             if not self._awake:
-                return
+                break
             now = time.monotonic()
-        self._scheduled = True
-        asyncio.get_running_loop().call_soon(self._turn)
+        self.engine.awaited = True
+        self._finished()  # of a job that ended before that nobody tells
+        if self._awake and not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._turn)
+
+
+class _Job:
+    """The work of one request in an engine thread."""
+
+    def __init__(self, vcc: "_Vcc", request: Descriptor, work: Work, views: tuple[memoryview, ...], begun: float) -> None:
+        self._vcc, self._request, self._work, self._views, self._begun = vcc, request, work, views, begun
+        self._result: Any = None
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._result = self._work.run()
+        except Exception as exc:
+            self._error = exc
+
+    def finish(self) -> None:
+        self._vcc.worked(self._request, self._work, self._result, self._error, self._begun)
+        for view in self._views:
+            view.release()
+        self._vcc.left()
 
 
 class _Vcc:
@@ -106,12 +184,17 @@ class _Vcc:
 
     def __init__(self, server: CardServer, function: VirtualFunction, sock: socket.socket) -> None:
         self.function = function
+        self.statistics = Statistics()
         self._server, self._socket = server, sock
-        self._next: Descriptor | None = None
-        self._deficit = 0
+        self._urgent: deque[tuple[Descriptor, float]] = deque()
+        self._normal: deque[tuple[Descriptor, float]] = deque()
+        self._deficit = 0.0
+        self._in_turn = False
         self._quiet_since = 0.0
-        self._working = self._ended = self._answered = False
+        self._under_way = 0
+        self._alone = self._ended = self._answered = False
         self._timer: asyncio.TimerHandle | None = None
+        self.limit(VccLimits())
         descriptor = vcc_memory.create()
         bells: list[int] = []
         try:
@@ -132,6 +215,12 @@ class _Vcc:
         loop.add_reader(sock, self.end)  # nothing is ever sent over it: it was closed, or its owner does what it should not
         self._device.sleeps(True)
 
+    def limit(self, limits: VccLimits) -> None:
+        now = time.monotonic()  # who pauses looks again within PAUSE_S
+        self.limits = limits
+        self._operations, self._bytes = Rate(limits.operations_s, now), Rate(limits.bytes_s, now)
+        self.function.limit_keys(limits.keys)
+
     def end(self) -> None:
         """Zeroise and close."""
         if self._ended:
@@ -146,7 +235,14 @@ class _Vcc:
         self._socket.close()
         os.close(self._bell)
         os.close(self._vcm_bell)
-        self._memory.close()
+        if not self._under_way:
+            self._memory.close()
+
+    def left(self) -> None:
+        """One request less under way; the memory goes with the last one, as threads may be at it."""
+        self._under_way -= 1
+        if self._ended and not self._under_way:
+            self._memory.close()
 
     def _rung(self) -> None:
         with suppress(BlockingIOError):
@@ -161,103 +257,172 @@ class _Vcc:
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    def serve(self, now: float) -> bool:
-        """A turn: as much as may be spent. Whether this vCC is to be polled on."""
-        if self._ended or self._working:
-            return False
+    def serve(self, now: float) -> _Turn:
+        """A turn: as much as may be spent."""
+        if self._ended:
+            return _Turn.SLEEP
         try:
-            request = self._next or self._device.take()
-            if request is None:
-                return self._poll(now)
-            self._next = request
-            self._quiet_since = 0.0
-            self._deficit += QUANTUM
-            while request is not None and self._deficit >= (cost := OPERATION_COST + request.parameter_bytes + request.data_bytes):
-                self._deficit -= cost
-                if not self._serve(request):
-                    return False
-                request = self._next = self._device.take()
-            if request is None:
-                self._deficit = 0
-            return True
+            return self._serve(now)
         except Malformed:
             log.warning("%s wrote what is no request, its vCC is closed", self.function.vcm)
             self.end()
-            return False
+            return _Turn.SLEEP
         finally:
             if self._answered and not self._ended:
                 self._answered = False
                 if self._device.vcm_sleeps:
                     self._ring()
 
-    def _poll(self, now: float) -> bool:
+    def _serve(self, now: float) -> _Turn:
+        if not self._look(now):
+            return self._poll(now)
+        self._quiet_since = 0.0
+        while True:
+            urgent = bool(self._urgent)
+            queue = self._urgent or self._normal
+            if not queue:
+                if not self._look(now):
+                    return _Turn.POLL
+                continue
+            request, seen = queue[0]
+            if not urgent and self._must_wait(request):
+                return _Turn.WAIT
+            if not self._in_turn:
+                self._in_turn = True
+                self._deficit += QUANTUM * self.limits.weight
+            cost = OPERATION_COST + request.parameter_bytes + request.data_bytes
+            if cost > self._deficit:
+                self._in_turn = False
+                return _Turn.POLL
+            if not urgent and (pause := max(self._operations.wait_s(now), self._bytes.wait_s(now))):
+                asyncio.get_running_loop().call_later(min(pause, PAUSE_S), self._wake)
+                return _Turn.SLEEP
+            queue.popleft()
+            self._deficit -= cost
+            if not urgent:
+                self._operations.take(1)
+                self._bytes.take(request.data_bytes)
+            self._begin(request, seen)
+            if self._ended:
+                return _Turn.SLEEP
+
+    def _look(self, now: float) -> bool:
+        """Take what is in the ring; whether there is anything to do. Who has nothing to do saves nothing for later."""
+        while (request := self._device.take()) is not None:
+            (self._urgent if request.operation in _URGENT else self._normal).append((request, now))
+        if self._urgent or self._normal:
+            return True
+        self._in_turn, self._deficit = False, 0.0
+        return False
+
+    def _must_wait(self, request: Descriptor) -> bool:
+        """Whether something has to be done before this request may begin."""
+        if self._alone or self._under_way >= self.limits.depth:
+            return True
+        engine = self._server.engine
+        return request.data_bytes > INLINE_BYTES and engine.threads > 0 and not engine.free
+
+    def _poll(self, now: float) -> _Turn:
         if not self._quiet_since:
             self._quiet_since = now
         if now - self._quiet_since < POLL_S:
-            return True
+            return _Turn.POLL
         self._device.sleeps(True)
-        self._next = self._device.take()
-        if self._next is None:
-            return False
+        if not self._look(now):
+            return _Turn.SLEEP
         self._device.sleeps(False)
         self._quiet_since = 0.0
-        return True
+        return _Turn.POLL
 
     def _ring(self) -> None:
         with suppress(BlockingIOError):
             os.eventfd_write(self._vcm_bell, 1)
 
-    def _serve(self, request: Descriptor) -> bool:
-        """Run one request. Whether the next one may follow at once."""
-        device = self._device
-        self._next, self._answered = None, True
+    def _begin(self, request: Descriptor, seen: float) -> None:
+        """Begin one request, and end it, too, unless a thread does."""
+        device, begun = self._device, time.monotonic()
+        self.statistics.queued(begun - seen)
         data, room = device.data(request), device.room(request)
         try:
             answer = self.function.execute(request.operation, request.handle, device.parameters(request), data, room)
-            if isinstance(answer, Work):
-                self._work(answer, request)
-                return False
-            device.complete(request, answer.value, answer.parameters, answer.data)
-            if isinstance(answer.data, memoryview):
-                answer.data.release()
-            if request.operation in _MOVES_THE_DEADLINE:
-                self._watch_deadline()
         except Exception as exc:
-            self._fail(request, exc)
-        finally:
-            data.release()
-            room.release()
-        return True
+            self._fail(request, exc, begun)
+        else:
+            if not isinstance(answer, Work):
+                self._complete(request, answer, begun)
+            elif self._start(request, answer, (data, room), begun):
+                return
+        data.release()
+        room.release()
 
-    def _work(self, work: Work, request: Descriptor) -> None:
+    def _start(self, request: Descriptor, work: Work, views: tuple[memoryview, ...], begun: float) -> bool:
+        """Do the work; whether it is left to a thread."""
+        engine = self._server.engine
+        self._under_way += 1
+        self._alone = work.alone
+        if work.lasting:
+            self._last(request, work, views, begun)
+            return True
+        job = _Job(self, request, work, views, begun)
+        if engine.free:
+            engine.start(job)
+            return True
+        job.run()
+        job.finish()
+        return False
+
+    def _last(self, request: Descriptor, work: Work, views: tuple[memoryview, ...], begun: float) -> None:
         loop = asyncio.get_running_loop()
-        self._working = True
 
-        def done(future: "Future[bytearray]") -> None:
+        def finish(future: "Future[Any]") -> None:
+            error = future.exception()
+            self.worked(request, work, None if error else future.result(), error if isinstance(error, Exception) else None, begun)
+            for view in views:
+                view.release()
+            self.left()
+            self._server.resume()
+
+        def done(future: "Future[Any]") -> None:
             if not future.cancelled():
-                loop.call_soon_threadsafe(self._worked, work, request, future)
+                loop.call_soon_threadsafe(finish, future)
 
-        self._server.start(work).add_done_callback(done)
+        self._server.start_lasting(work).add_done_callback(done)
 
-    def _worked(self, work: Work, request: Descriptor, future: "Future[bytearray]") -> None:
-        self._working = False
+    def worked(self, request: Descriptor, work: Work, result: Any, error: Exception | None, begun: float) -> None:
+        """The end of a request whose work is done."""
+        if work.alone:
+            self._alone = False
         try:
-            answer = self.function.complete(work, future.result())
-            if not self._ended:
-                self._device.complete(request, answer.value, answer.parameters, answer.data)
+            answer = self.function.complete(work, result, error)
         except Exception as exc:
-            self._fail(request, exc)
-        if not self._ended:
+            self._fail(request, exc, begun)
+        else:
+            self._complete(request, answer, begun)
+        if not self._ended and self._device.vcm_sleeps:
             self._ring()
-            self._wake()
 
-    def _fail(self, request: Descriptor, exc: Exception) -> None:
+    def _complete(self, request: Descriptor, answer: Answer, begun: float) -> None:
+        if self._ended:
+            return
+        self._device.complete(request, answer.value, answer.parameters, answer.data)
+        if isinstance(answer.data, memoryview):
+            answer.data.release()
+        if request.operation in _MOVES_THE_DEADLINE:
+            self._watch_deadline()
+        self._count(begun)
+
+    def _fail(self, request: Descriptor, exc: Exception, begun: float) -> None:
         if not isinstance(exc, CipherfleetError):
             # The type alone: a message could hold what must not be logged.
             log.error("internal error of the card: %s", type(exc).__name__)
             exc = Internal("something went wrong in the crypto card")
         if not self._ended:
             self._device.fail(request, exc)
+            self._count(begun)
+
+    def _count(self, begun: float) -> None:
+        self._answered = True
+        self.statistics.served(time.monotonic() - begun)
 
     # -- the deadline --------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,11 @@
 """What a virtual function holds by number: keys by handle and open streams, both bounded, neither guessable."""
 
 import secrets
-from typing import NamedTuple
+from collections.abc import Callable
 
 from cipherfleet.computing.engine import Key
 from cipherfleet.computing.engine_memory import Data
+from cipherfleet.computing.engine_message import Decryptor, Encryptor
 from cipherfleet.computing.engine_stream import Signature, Stream
 from cipherfleet.contract.errors import KeyExhausted, KeyUnknown, LimitReached, OutOfOrder
 from cipherfleet.contract.ids import KeyId
@@ -21,6 +22,7 @@ class KeyTable:
     """Loaded keys by handle, and how many messages each key version has encrypted here (also while it was not loaded)."""
 
     def __init__(self) -> None:
+        self.most = MAX_KEYS
         self._keys: dict[int, Key] = {}
         self._messages: dict[tuple[KeyId, int], int] = {}
 
@@ -29,8 +31,8 @@ class KeyTable:
 
     def check_room(self) -> None:
         """Raises ``LimitReached``."""
-        if len(self._keys) >= MAX_KEYS:
-            raise LimitReached(f"a vCC holds at most {MAX_KEYS} keys")
+        if len(self._keys) >= self.most:
+            raise LimitReached(f"this vCC holds at most {self.most} keys")
 
     def add(self, key: Key) -> int:
         """The new key's handle."""
@@ -67,16 +69,34 @@ class KeyTable:
         self._messages[name] = count + 1
 
 
-class _OpenStream(NamedTuple):
-    stream: Stream
-    handles: tuple[int, ...]
+class OpenStream:
+    """A stream and what is under way in it: closed when it has ended and nothing is under way any more."""
+
+    def __init__(self, stream: Stream, handles: tuple[int, ...]) -> None:
+        self.stream, self.handles = stream, handles
+        self._under_way, self._ended = 0, False
+
+    def enter(self) -> None:
+        self._under_way += 1
+
+    def leave(self) -> None:
+        self._under_way -= 1
+        self._close()
+
+    def end(self) -> None:
+        self._ended = True
+        self._close()
+
+    def _close(self) -> None:
+        if self._ended and not self._under_way:
+            self.stream.close()
 
 
 class StreamTable:
     """Open streams by number. A stream that met an error is gone."""
 
     def __init__(self) -> None:
-        self._streams: dict[int, _OpenStream] = {}
+        self._streams: dict[int, OpenStream] = {}
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -89,29 +109,33 @@ class StreamTable:
     def add(self, stream: Stream, handles: tuple[int, ...]) -> int:
         """The number of a new stream, which ends with the keys that ``handles`` name."""
         number = secrets.randbits(63) or 1
-        self._streams[number] = _OpenStream(stream, handles)
+        self._streams[number] = OpenStream(stream, handles)
         return number
 
-    def update(self, number: int, data: Data, into: memoryview | None = None) -> Data:
-        stream = self._get(number)
+    def get(self, number: int) -> OpenStream:
+        """Raises ``OutOfOrder``."""
+        found = self._streams.get(number)
+        if found is None:
+            raise OutOfOrder("no stream of this vCC has that number", "begin one first")
+        return found
+
+    def step(self, number: int, data: Data, into: memoryview | None, *, last: bool) -> Callable[[], Data]:
+        """What is to be done with the next part. After the ``last`` one, and after an error, the stream is gone."""
+        stream = self.get(number).stream
         try:
-            if isinstance(stream, Signature) and stream.holds:
+            if isinstance(stream, Encryptor | Decryptor):
+                return stream.begin(data, into, last=last)
+            if isinstance(stream, Signature) and stream.holds and not last:
                 self._check_held(len(data))
-            return stream.update(data, into)
+            work = stream.finish if last else stream.update
+            return lambda: work(data, into)
         except BaseException:
             self.abort(number)
             raise
 
-    def finish(self, number: int, data: Data, into: memoryview | None = None) -> Data:
-        stream = self._get(number)
-        try:
-            return stream.finish(data, into)
-        finally:
-            self.abort(number)
-
     def abort(self, number: int) -> None:
         """Raises ``OutOfOrder``."""
-        self._get(number).close()
+        self.get(number).end()
         del self._streams[number]
 
     def end_those_of(self, handle: int) -> None:
@@ -123,11 +147,10 @@ class StreamTable:
         for number in list(self._streams):
             self.abort(number)
 
-    def _get(self, number: int) -> Stream:
-        found = self._streams.get(number)
-        if found is None:
-            raise OutOfOrder("no stream of this vCC has that number", "begin one first")
-        return found.stream
+    def forget(self, number: int) -> None:
+        """End a stream, if it is there yet."""
+        if number in self._streams:
+            self.abort(number)
 
     def _check_held(self, more: int) -> None:
         held = sum(o.stream.held_bytes for o in self._streams.values() if isinstance(o.stream, Signature))

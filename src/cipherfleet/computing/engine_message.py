@@ -5,6 +5,7 @@ RFC 8998 (SM4-GCM), RFC 5869 (HKDF), Hoang, Reyhanitabar, Rogaway, Vizár 2015 (
 """
 
 import secrets
+from collections.abc import Callable
 from typing import Protocol
 
 from cryptography.exceptions import InvalidTag
@@ -121,6 +122,8 @@ def message_aead(key: Key, header: Header, context: bytes) -> Aead:
 class Encryptor:
     """One message from plaintext to ciphertext. ``first`` is its header."""
 
+    heavy = False
+
     def __init__(self, key: Key, context: bytes) -> None:
         header = Header(key.algorithm.number, key.id, key.version, secrets.token_bytes(SALT_BYTES))
         self._aead = message_aead(key, header, context)
@@ -129,49 +132,59 @@ class Encryptor:
 
     def update(self, data: Data, into: memoryview | None = None) -> bytearray | memoryview:
         """Whole chunks of plaintext -> as many of ciphertext. Raises ``Malformed`` or ``TooLarge``."""
-        if len(data) > MAX_DATA_BYTES:
-            raise TooLarge(f"at most {MAX_DATA_BYTES} bytes at a time")
-        if len(data) % CHUNK_BYTES:
-            raise Malformed(f"a stream is encrypted in chunks of {CHUNK_BYTES} bytes")
-        return self._seal(memoryview(data), last=False, into=into)
+        return self.begin(data, into, last=False)()
 
     def finish(self, data: Data, into: memoryview | None = None) -> bytearray | memoryview:
         """The rest, at most one chunk."""
-        if len(data) > CHUNK_BYTES:
+        return self.begin(data, into, last=True)()
+
+    def begin(self, data: Data, into: memoryview | None, *, last: bool) -> "Step":
+        """``update`` or ``finish``, with its place in the message taken now and its work done by whoever calls the result."""
+        if last and len(data) > CHUNK_BYTES:
             raise TooLarge(f"the last chunk has at most {CHUNK_BYTES} bytes")
-        return self._seal(memoryview(data), last=True, into=into)
+        if len(data) > MAX_DATA_BYTES:
+            raise TooLarge(f"at most {MAX_DATA_BYTES} bytes at a time")
+        if not last and len(data) % CHUNK_BYTES:
+            raise Malformed(f"a stream is encrypted in chunks of {CHUNK_BYTES} bytes")
+        return self._seal(memoryview(data), last=last, into=into)
 
     def run(self, data: Data, into: memoryview | None = None) -> bytearray | memoryview:
         """A whole message, header and all."""
         if len(data) > MAX_DATA_BYTES:
             raise TooLarge(f"at most {MAX_DATA_BYTES} bytes at a time; longer input is a stream")
-        return self._seal(memoryview(data), last=True, before=self.first, into=into)
+        return self._seal(memoryview(data), last=True, before=self.first, into=into)()
 
     def close(self) -> None:
         self._aead.close()
 
-    def _seal(self, data: memoryview, *, last: bool, before: bytes = b"", into: memoryview | None = None) -> bytearray | memoryview:
+    def _seal(self, data: memoryview, *, last: bool, before: bytes = b"", into: memoryview | None = None) -> "Step":
         count = max(-(-len(data) // CHUNK_BYTES), int(last))
-        if self._index + count > MAX_CHUNKS:
+        index = self._index
+        if index + count > MAX_CHUNKS:
             raise TooLarge(f"a message has at most {MAX_CHUNKS} chunks", "split the input")
-        size = len(before) + len(data) + count * TAG_BYTES
-        out = into[:size] if into is not None and len(into) >= size else bytearray(size)
-        view = memoryview(out)
-        view[: len(before)] = before
-        position, seal, index = len(before), self._aead.seal, self._index
-        for number in range(count):
-            chunk = data[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
-            end = position + len(chunk) + TAG_BYTES
-            seal(chunk_nonce(index + number, last=last and number == count - 1), chunk, view[position:end])
-            position = end
         self._index += count
-        return out
+
+        def work() -> bytearray | memoryview:
+            size = len(before) + len(data) + count * TAG_BYTES
+            out = into[:size] if into is not None and len(into) >= size else bytearray(size)
+            view = memoryview(out)
+            view[: len(before)] = before
+            position, seal = len(before), self._aead.seal
+            for number in range(count):
+                chunk = data[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
+                end = position + len(chunk) + TAG_BYTES
+                seal(chunk_nonce(index + number, last=last and number == count - 1), chunk, view[position:end])
+                position = end
+            return out
+
+        return work
 
 
 class Decryptor:
     """One message from ciphertext (after its header) to plaintext."""
 
     first = b""
+    heavy = False
 
     def __init__(self, key: Key, header: bytes, context: bytes) -> None:
         """Raises ``CiphertextTruncated``, ``CiphertextInvalid``, ``CiphertextForeignKey``, ``WrongKeyType`` or ``TooLarge``."""
@@ -185,48 +198,57 @@ class Decryptor:
 
     def update(self, data: Data, into: memoryview | None = None) -> bytearray:
         """Whole chunks of ciphertext, none of them the last."""
-        if len(data) > MAX_SEALED_BYTES:
-            raise TooLarge(f"at most {MAX_SEALED_BYTES} bytes at a time")
-        if len(data) % SEALED_CHUNK_BYTES:
-            raise Malformed(f"a stream is decrypted in chunks of {SEALED_CHUNK_BYTES} bytes")
-        return self._open(memoryview(data), last=False)
+        return self.begin(data, into, last=False)()
 
     def finish(self, data: Data, into: memoryview | None = None) -> bytearray:
         """The last chunk. Raises ``CiphertextTruncated`` when the ciphertext ends before it."""
-        if len(data) > SEALED_CHUNK_BYTES:
+        return self.begin(data, into, last=True)()
+
+    def begin(self, data: Data, into: memoryview | None, *, last: bool) -> Callable[[], bytearray]:
+        """As ``Encryptor.begin``; what comes out is never written into ``into``, which others may read."""
+        if last and len(data) > SEALED_CHUNK_BYTES:
             raise TooLarge(f"the last chunk has at most {SEALED_CHUNK_BYTES} bytes")
-        return self._open(memoryview(data), last=True)
+        if len(data) > MAX_SEALED_BYTES:
+            raise TooLarge(f"at most {MAX_SEALED_BYTES} bytes at a time")
+        if not last and len(data) % SEALED_CHUNK_BYTES:
+            raise Malformed(f"a stream is decrypted in chunks of {SEALED_CHUNK_BYTES} bytes")
+        return self._open(memoryview(data), last=last)
 
     def run(self, data: Data, into: memoryview | None = None) -> bytearray:
         """All chunks of a message."""
         if len(data) > MAX_SEALED_BYTES:
             raise TooLarge(f"at most {MAX_SEALED_BYTES} bytes at a time; longer input is a stream")
-        return self._open(memoryview(data), last=True)
+        return self._open(memoryview(data), last=True)()
 
     def close(self) -> None:
         self._aead.close()
 
-    def _open(self, data: memoryview, *, last: bool) -> bytearray:
+    def _open(self, data: memoryview, *, last: bool) -> Callable[[], bytearray]:
         count = -(-len(data) // SEALED_CHUNK_BYTES)
         if last and len(data) - max(count - 1, 0) * SEALED_CHUNK_BYTES < TAG_BYTES:
             raise CiphertextTruncated("the ciphertext ends before its last chunk")
-        if self._index + count > MAX_CHUNKS:
+        index = self._index
+        if index + count > MAX_CHUNKS:
             raise CiphertextInvalid(f"a message has at most {MAX_CHUNKS} chunks")
-        out = bytearray(len(data) - count * TAG_BYTES)
-        view = memoryview(out)
-        for number in range(count):
-            sealed = data[number * SEALED_CHUNK_BYTES : (number + 1) * SEALED_CHUNK_BYTES]
-            into = view[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
-            final = last and number == count - 1
-            try:
-                self._aead.open(chunk_nonce(self._index + number, last=final), sealed, into)
-            except InvalidTag as exc:
-                wipe_view(view)
-                if final and self._goes_on(self._index + number, sealed):
-                    raise CiphertextTruncated("the ciphertext ends before its last chunk") from exc
-                raise CiphertextInvalid("the ciphertext was changed, or belongs to another context") from exc
         self._index += count
-        return out
+
+        def work() -> bytearray:
+            out = bytearray(len(data) - count * TAG_BYTES)
+            view = memoryview(out)
+            for number in range(count):
+                sealed = data[number * SEALED_CHUNK_BYTES : (number + 1) * SEALED_CHUNK_BYTES]
+                into = view[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
+                final = last and number == count - 1
+                try:
+                    self._aead.open(chunk_nonce(index + number, last=final), sealed, into)
+                except InvalidTag as exc:
+                    wipe_view(view)
+                    if final and self._goes_on(index + number, sealed):
+                        raise CiphertextTruncated("the ciphertext ends before its last chunk") from exc
+                    raise CiphertextInvalid("the ciphertext was changed, or belongs to another context") from exc
+            return out
+
+        return work
 
     def _goes_on(self, index: int, sealed: memoryview) -> bool:
         """Whether a chunk that should be the last is a good one from the middle: then the end was cut off at a chunk."""
@@ -241,6 +263,8 @@ class Decryptor:
 
 class Reencryptor:
     """From one key to another; the plaintext stays here."""
+
+    heavy = False
 
     def __init__(self, source: Decryptor, target: Encryptor) -> None:
         self._source, self._target = source, target
@@ -265,6 +289,9 @@ class Reencryptor:
             return encrypt(plaintext, into)
         finally:
             wipe(plaintext)
+
+
+Step = Callable[[], bytearray | memoryview]
 
 
 class _Encrypt(Protocol):

@@ -23,10 +23,13 @@ _PSS = padding.PSS(padding.MGF1(_SHA256), padding.PSS.DIGEST_LENGTH)
 
 
 class Stream(Protocol):
-    """``first`` is the data of BEGIN's completion. After an error a stream is of no use."""
+    """``first`` is the data of BEGIN's completion; ``heavy``: even of short data it takes long. After an error a stream is of no use."""
 
     @property
     def first(self) -> bytes: ...
+
+    @property
+    def heavy(self) -> bool: ...
 
     def update(self, data: Data, into: memoryview | None = None) -> Data:
         """``into``: where the result may be written, if it is nobody's secret; what is returned is then a view of it."""
@@ -43,6 +46,7 @@ class _Hashing:
     """Streams that take data in and give one result at the end."""
 
     first = b""
+    heavy = False
 
     def update(self, data: Data, into: memoryview | None = None) -> bytes:
         self._take(data)
@@ -113,6 +117,7 @@ class Signature(_Hashing):
         self._key: engine.PrivateKey | None = key.private
         self._expected = expected
         self._whole = bytearray()
+        self.heavy = isinstance(key.private, rsa.RSAPrivateKey)
         self._hash = None if isinstance(key.private, ed25519.Ed25519PrivateKey) else engine.digest(key.algorithm.digest)
 
     @property

@@ -9,7 +9,7 @@ Data = bytes | bytearray | memoryview
 
 
 class Device:
-    """``take`` a request, ``complete`` it, then the next."""
+    """``take`` requests, ``complete`` each of them, in any order."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
@@ -24,7 +24,7 @@ class Device:
         unseen = (self._completed - counters[Counter.SEEN]) & WORD
         if (submitted - self._taken) & WORD > RING_ENTRIES or unseen > RING_ENTRIES:
             raise Malformed("a counter of the rings is out of bounds")
-        if unseen == RING_ENTRIES:
+        if unseen + (self._taken - self._completed) & WORD >= RING_ENTRIES:
             return None
         request = Descriptor.decode(bytes(self._memory.submissions[submission(self._taken)]))
         self._taken = (self._taken + 1) & WORD

@@ -9,9 +9,10 @@ finish in one. Keys are named by *handle*, which is valid on this vCC alone, unt
 
 import struct
 from enum import IntEnum, StrEnum
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import msgspec
+from msgspec import Meta
 
 from cipherfleet.contract.errors import Malformed
 from cipherfleet.contract.ids import CardId, ConsumerId, KeyId, VcmId
@@ -144,6 +145,23 @@ class CardDescription(msgspec.Struct, frozen=True):
     operations: int = 0
     bytes: int = 0
     keys: int = 0
+
+
+class VccLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one vCC may use of its card. Over its rates requests wait in the ring; ``weight`` is its share beside others that wait."""
+
+    operations_s: Annotated[float, Meta(ge=0, le=1e9, description="operations per second, 0 for any number")] = 0.0
+    bytes_s: Annotated[float, Meta(ge=0, le=1e15, description="bytes of data per second, 0 for any number")] = 0.0
+    depth: Annotated[int, Meta(ge=1, le=256, description="requests that the engine works on at once")] = 256
+    keys: Annotated[int, Meta(ge=0, le=16384, description="loaded keys")] = 16384
+    weight: Annotated[float, Meta(ge=0.1, le=100, description="share of the card beside others that wait")] = 1.0
+
+
+class VccStatistics(msgspec.Struct, frozen=True):
+    """Histograms: entry *n* counts requests that took less than 2**n microseconds, and half of that or more."""
+
+    queue_us: tuple[int, ...] = ()
+    service_us: tuple[int, ...] = ()
 
 
 class Completion(msgspec.Struct, frozen=True):

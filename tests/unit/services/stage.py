@@ -15,7 +15,7 @@ from cipherfleet.channel.certificates import Credentials, new_key
 from cipherfleet.channel.sealing import TrustedCard, share_info
 from cipherfleet.channel.server import Server
 from cipherfleet.computing import engine_wrap
-from cipherfleet.computing.card_function import VirtualFunction, Work
+from cipherfleet.computing.card_function import VirtualFunction
 from cipherfleet.computing.vcm_process import KEEPALIVE_TIMEOUT_S, MAX_PER_CERTIFICATE
 from cipherfleet.contract.algorithms import algorithm
 from cipherfleet.contract.errors import (
@@ -76,8 +76,7 @@ async def serving_function(consumer: ConsumerId = ACME, *, lease_s: float = 3600
         card.seal(codec.encode(share), share_info(CARD, VCM)),
     )
     function.execute(Operation.LOAD_CMK, 0, codec.encode(delivery), b"")
-    nonce = function.execute(Operation.LEASE_NONCE, 0, b"", b"")
-    assert not isinstance(nonce, Work)
+    nonce = function.run(Operation.LEASE_NONCE, 0, b"", b"")
     lease = LeaseStatement(consumer, CARD, VCM, bytes(nonce.data), int(lease_s * 1000), 1, 0, b"")
     signed = await signing.countersign(await signing.sign(lease, ukey), kmc)
     function.execute(Operation.LEASE, 0, codec.encode(signed), b"")
@@ -101,9 +100,7 @@ class StageCard:
         self.operations.append(operation)
         if operation in (Operation.FINISH, Operation.ABORT):
             self.open_streams.discard(handle)
-        answer = self.function.execute(operation, handle, parameters, data)
-        if isinstance(answer, Work):
-            answer = self.function.complete(answer, answer.run())
+        answer = self.function.run(operation, handle, parameters, data)
         if operation is Operation.BEGIN:
             self.open_streams.add(answer.value)
         return Completion(answer.value, answer.parameters, bytes(answer.data))

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, mlkem, padding, rsa, x
 
 from cipherfleet.channel import codec
 from cipherfleet.channel.certificates import fingerprint, public_key_der
-from cipherfleet.computing.card_function import Answer, VirtualFunction, Work
+from cipherfleet.computing.card_function import Answer, VirtualFunction
 from cipherfleet.computing.engine import Key, generate_material
 from cipherfleet.computing.engine_wrap import TransportKeys
 from cipherfleet.contract.algorithms import algorithm
@@ -112,8 +112,7 @@ class Function:
 
     def do(self, operation: int, parameters: object = None, *, handle: int = 0, data: bytes = b"") -> Answer:
         raw = b"" if parameters is None else parameters if isinstance(parameters, bytes) else codec.encode(parameters)
-        answer = self.inner.execute(operation, handle, raw, memoryview(bytearray(data)))
-        return self.inner.complete(answer, answer.run()) if isinstance(answer, Work) else answer
+        return self.inner.run(operation, handle, raw, memoryview(bytearray(data)))
 
     def load_cmk(self) -> None:
         self.do(Operation.LOAD_CMK, self.consumer.delivery(self.consumer.share(vcm=self.vcm)))

@@ -379,8 +379,8 @@ def test_what_cannot_be_generated(function: Function) -> None:
     assert function.inner.keys == 0
 
 
-def test_the_number_of_keys_has_an_end(function: Function, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card_tables, "MAX_KEYS", 2)
+def test_the_number_of_keys_has_an_end(function: Function) -> None:
+    function.inner.limit_keys(2)
     _, row = function.generate()
     handle, _ = function.generate()
     with pytest.raises(LimitReached):

@@ -60,9 +60,9 @@ SOCKETS: list[socket.socket] = []
 """The VCMs' ends that a test took, closed after it."""
 
 
-@pytest.fixture
-async def server() -> AsyncIterator[CardServer]:
-    running = CardServer(card())
+@pytest.fixture(params=[0, 2], ids=["alone", "threads"])
+async def server(request: pytest.FixtureRequest) -> AsyncIterator[CardServer]:
+    running = CardServer(card(), request.param)
     yield running
     running.close()
     assert not list(card().functions)
