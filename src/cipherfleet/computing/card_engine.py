@@ -25,8 +25,11 @@ class Job(Protocol):
 
 
 def helpers() -> int:
-    """How many engine threads this host has cores for, beside the loop's."""
-    return min(len(os.sched_getaffinity(0)), MAX_THREADS) - 1
+    """How many engine threads this host has cores for, beside the loop's and one for the VCMs.
+
+    On two cores none: there, a thread more took the VCMs' core and made everything slower, by half.
+    """
+    return max(0, min(len(os.sched_getaffinity(0)) - 2, MAX_THREADS - 1))
 
 
 class Engine:

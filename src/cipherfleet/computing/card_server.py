@@ -132,6 +132,7 @@ class CardServer:
         while (job := self.engine.done()) is not None:
             assert isinstance(job, _Job)  # noqa: S101 - no others are started
             job.finish()
+            job.vcc.tell()
             self.resume()
 
     def _turn(self) -> None:
@@ -162,7 +163,8 @@ class _Job:
     """The work of one request in an engine thread."""
 
     def __init__(self, vcc: "_Vcc", request: Descriptor, work: Work, views: tuple[memoryview, ...], begun: float) -> None:
-        self._vcc, self._request, self._work, self._views, self._begun = vcc, request, work, views, begun
+        self.vcc = vcc
+        self._request, self._work, self._views, self._begun = request, work, views, begun
         self._result: Any = None
         self._error: Exception | None = None
 
@@ -173,10 +175,10 @@ class _Job:
             self._error = exc
 
     def finish(self) -> None:
-        self._vcc.worked(self._request, self._work, self._result, self._error, self._begun)
+        self.vcc.worked(self._request, self._work, self._result, self._error, self._begun)
         for view in self._views:
             view.release()
-        self._vcc.left()
+        self.vcc.left()
 
 
 class _Vcc:
@@ -268,10 +270,7 @@ class _Vcc:
             self.end()
             return _Turn.SLEEP
         finally:
-            if self._answered and not self._ended:
-                self._answered = False
-                if self._device.vcm_sleeps:
-                    self._ring()
+            self.tell()
 
     def _serve(self, now: float) -> _Turn:
         if not self._look(now):
@@ -334,9 +333,13 @@ class _Vcc:
         self._quiet_since = 0.0
         return _Turn.POLL
 
-    def _ring(self) -> None:
-        with suppress(BlockingIOError):
-            os.eventfd_write(self._vcm_bell, 1)
+    def tell(self) -> None:
+        """Ring the VCM's doorbell if there are answers and it sleeps: once for all of them."""
+        if self._answered and not self._ended:
+            self._answered = False
+            if self._device.vcm_sleeps:
+                with suppress(BlockingIOError):
+                    os.eventfd_write(self._vcm_bell, 1)
 
     def _begin(self, request: Descriptor, seen: float) -> None:
         """Begin one request, and end it, too, unless a thread does."""
@@ -380,6 +383,7 @@ class _Vcc:
             for view in views:
                 view.release()
             self.left()
+            self.tell()
             self._server.resume()
 
         def done(future: "Future[Any]") -> None:
@@ -398,8 +402,6 @@ class _Vcc:
             self._fail(request, exc, begun)
         else:
             self._complete(request, answer, begun)
-        if not self._ended and self._device.vcm_sleeps:
-            self._ring()
 
     def _complete(self, request: Descriptor, answer: Answer, begun: float) -> None:
         if self._ended:
