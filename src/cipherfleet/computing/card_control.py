@@ -15,6 +15,7 @@ from cipherfleet.contract.ids import CardId, ConsumerId, MachineId, VcmId
 from cipherfleet.contract.kmc_api import CardReply
 from cipherfleet.contract.machine_api import CardReport
 from cipherfleet.contract.settings import Settings
+from cipherfleet.contract.vcc import VccLimits, VccStatistics
 
 _LENGTH = struct.Struct(">I")
 _MAX_MESSAGE_BYTES = 4 * 1024 * 1024
@@ -45,6 +46,8 @@ class VccStatus(msgspec.Struct, frozen=True):
     operations: int
     bytes: int
     keys: int
+    limits: VccLimits = VccLimits()
+    statistics: VccStatistics = VccStatistics()
 
 
 class CardStatus(msgspec.Struct, frozen=True):
@@ -76,11 +79,18 @@ class Detach(ToCard, frozen=True):
     vcm: VcmId
 
 
+class Limit(ToCard, frozen=True):
+    """Hold a vCC to these limits from now on."""
+
+    vcm: VcmId
+    limits: VccLimits
+
+
 class StatusWanted(ToCard, frozen=True):
     pass
 
 
-CardRequests = Certify | Attach | Detach | StatusWanted
+CardRequests = Certify | Attach | Detach | Limit | StatusWanted
 
 
 class FromCard(msgspec.Struct, frozen=True):

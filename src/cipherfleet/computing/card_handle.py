@@ -17,6 +17,7 @@ from cipherfleet.computing.card_control import (
     ControlChannel,
     Detach,
     FromCard,
+    Limit,
     StatusWanted,
     ToCard,
     VccStatus,
@@ -25,6 +26,7 @@ from cipherfleet.contract.errors import CardUnavailable, CipherfleetError, Timed
 from cipherfleet.contract.ids import ConsumerId, MachineId, VcmId
 from cipherfleet.contract.kmc_api import CardReply
 from cipherfleet.contract.settings import Settings
+from cipherfleet.contract.vcc import VccLimits
 
 ANSWER_S = 10.0
 GRACE_S = 2.0
@@ -93,6 +95,10 @@ class CardHandle:
         """Zeroise a vCC's keys and close it. Detaching what is gone succeeds, also when the whole card is gone."""
         with suppress(CardUnavailable):
             await self._ask(Detach(self._next(), vcm))
+
+    async def limit(self, vcm: VcmId, limits: VccLimits) -> None:
+        """Hold a vCC to ``limits`` from now on. Raises ``VcmUnknown``."""
+        await self._ask(Limit(self._next(), vcm, limits))
 
     async def status(self) -> CardStatus:
         """Raises ``CardUnavailable``."""

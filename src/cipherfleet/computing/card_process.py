@@ -21,6 +21,7 @@ from cipherfleet.computing.card_control import (
     ControlChannel,
     Detach,
     FromCard,
+    Limit,
     StatusWanted,
     VccStatus,
 )
@@ -97,14 +98,17 @@ async def _serve(request: CardRequests, channel: ControlChannel, server: CardSer
             await server.attach(request.vcm, request.consumer, sock)
         case Detach():
             server.detach(request.vcm)
+        case Limit():
+            server.limit(request.vcm, request.limits)
         case StatusWanted():
-            return FromCard(request.number, status=status(server.card, protection))
+            return FromCard(request.number, status=status(server, protection))
     return FromCard(request.number)
 
 
-def status(card: Card, protection: Protection) -> CardStatus:
+def status(server: CardServer, protection: Protection) -> CardStatus:
     """The card's state now."""
-    vccs = tuple(VccStatus(f.vcm, f.consumer, f.serving, f.operations, f.bytes, f.keys) for f in card.functions)
+    card = server.card
+    vccs = tuple(VccStatus(f.vcm, f.consumer, f.serving, f.operations, f.bytes, f.keys, *server.look(f.vcm)) for f in card.functions)
     report = CardReport(card.id, os.getpid(), len(vccs), card.operations, card.bytes, protection.memory_locked)
     return CardStatus(report, vccs, protection)
 

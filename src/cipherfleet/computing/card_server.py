@@ -41,7 +41,7 @@ POLL_S = 100e-6
 LONGEST_TIMER_S = 1.0
 """Timers stop while a host sleeps, leases do not: so the clock is looked at this often."""
 PAUSE_S = 0.05
-"""How long a vCC over its rates sleeps at most before what is urgent is looked for."""
+"""How long a vCC that waits, for its rates or for a thread, sleeps at most before what is urgent is looked for."""
 _URGENT = frozenset({Operation.LOAD_CMK, Operation.LEASE_NONCE, Operation.LEASE, Operation.DROP, Operation.CONFIRM, Operation.DESCRIBE})
 """The lease hangs on these: they overtake what waits for rates or threads."""
 _MOVES_THE_DEADLINE = frozenset({Operation.LOAD_CMK, Operation.LEASE, Operation.DROP})
@@ -196,6 +196,7 @@ class _Vcc:
         self._under_way = 0
         self._alone = self._ended = self._answered = False
         self._timer: asyncio.TimerHandle | None = None
+        self._again: asyncio.TimerHandle | None = None
         self.limit(VccLimits())
         descriptor = vcc_memory.create()
         bells: list[int] = []
@@ -232,8 +233,9 @@ class _Vcc:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._bell)
         loop.remove_reader(self._socket)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._again):
+            if timer is not None:
+                timer.cancel()
         self._socket.close()
         os.close(self._bell)
         os.close(self._vcm_bell)
@@ -285,6 +287,7 @@ class _Vcc:
                 continue
             request, seen = queue[0]
             if not urgent and self._must_wait(request):
+                self._look_again(PAUSE_S)
                 return _Turn.WAIT
             if not self._in_turn:
                 self._in_turn = True
@@ -294,7 +297,7 @@ class _Vcc:
                 self._in_turn = False
                 return _Turn.POLL
             if not urgent and (pause := max(self._operations.wait_s(now), self._bytes.wait_s(now))):
-                asyncio.get_running_loop().call_later(min(pause, PAUSE_S), self._wake)
+                self._look_again(min(pause, PAUSE_S))
                 return _Turn.SLEEP
             queue.popleft()
             self._deficit -= cost
@@ -304,6 +307,14 @@ class _Vcc:
             self._begin(request, seen)
             if self._ended:
                 return _Turn.SLEEP
+
+    def _look_again(self, pause_s: float) -> None:
+        if self._again is None:
+            self._again = asyncio.get_running_loop().call_later(pause_s, self._pause_over)
+
+    def _pause_over(self) -> None:
+        self._again = None
+        self._wake()
 
     def _look(self, now: float) -> bool:
         """Take what is in the ring; whether there is anything to do. Who has nothing to do saves nothing for later."""

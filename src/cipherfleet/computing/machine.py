@@ -25,6 +25,7 @@ from cipherfleet.contract.ids import MachineId, VcmId
 from cipherfleet.contract.machine_api import BuildOrder, MachineReport, VcmReport
 from cipherfleet.contract.messages import Done
 from cipherfleet.contract.settings import Settings
+from cipherfleet.contract.vcc import VccLimits
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Machine:
     def mount(self, server: Server) -> None:
         server.route("GET", "/v1/status", {Role.MANAGEMENT}, self._status)
         server.route("PUT", "/v1/vcms/{vcm}", {Role.MANAGEMENT}, self._build)
+        server.route("PUT", "/v1/vcms/{vcm}/limits", {Role.MANAGEMENT}, self._limit)
         server.route("DELETE", "/v1/vcms/{vcm}", {Role.MANAGEMENT}, self._delete)
 
     async def _status(self, call: Call) -> MachineReport:
@@ -73,6 +75,11 @@ class Machine:
 
     async def _build(self, call: Call) -> VcmReport:
         return await self._vcms.build(call.path("vcm", VcmId), await call.body(BuildOrder))
+
+    async def _limit(self, call: Call) -> Done:
+        card, _ = self._cards.card
+        await card.limit(call.path("vcm", VcmId), await call.body(VccLimits))
+        return Done()
 
     async def _delete(self, call: Call) -> Done:
         await self._vcms.delete(call.path("vcm", VcmId))

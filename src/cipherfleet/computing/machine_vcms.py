@@ -29,6 +29,7 @@ from cipherfleet.contract.kmc_api import VcmCertificateRequest
 from cipherfleet.contract.machine_api import BuildOrder, Isolation, VcmReport, VcmState
 from cipherfleet.contract.messages import Chain
 from cipherfleet.contract.settings import Settings
+from cipherfleet.contract.vcc import VccLimits, VccStatistics
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class Instance:
             operations=numbers.operations if numbers is not None else 0,
             bytes=numbers.bytes if numbers is not None else 0,
             keys=numbers.keys if numbers is not None else 0,
+            limits=numbers.limits if numbers is not None else VccLimits(),
+            statistics=numbers.statistics if numbers is not None else VccStatistics(),
             error=self.error,
         )
 

@@ -4,6 +4,7 @@
 
     management GET    /v1/status                            -> MachineReport
     management PUT    /v1/vcms/{vcm}                        BuildOrder -> VcmReport     (creation step 6; idempotent)
+    management PUT    /v1/vcms/{vcm}/limits                 VccLimits -> Done           of its vCC, from now on
     management DELETE /v1/vcms/{vcm}                        -> Done                     idempotent: gone is gone
 """
 
@@ -13,6 +14,7 @@ import msgspec
 
 from cipherfleet.contract.ids import CardId, ConsumerId, MachineId, VcmId
 from cipherfleet.contract.messages import Message
+from cipherfleet.contract.vcc import VccLimits, VccStatistics
 
 
 class VcmState(StrEnum):
@@ -64,6 +66,8 @@ class VcmReport(Message, frozen=True):
     operations: int = 0
     bytes: int = 0
     keys: int = 0
+    limits: VccLimits = VccLimits()
+    statistics: VccStatistics = VccStatistics()
     error: str = ""  # "code: message" of a failed one
 
 

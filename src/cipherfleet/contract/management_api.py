@@ -9,6 +9,7 @@
     operator    GET    /v1/vcms?all=0|1                     -> VcmList
     operator    GET    /v1/vcms/{vcm}                       -> VcmDetail
     operator    POST   /v1/vcms                             VcmCreateRequest -> VcmDetail     asks the consumer's terminal
+    operator    PUT    /v1/vcms/{vcm}/limits                VccLimits -> VcmDetail            of its vCC, from now on
     operator    DELETE /v1/vcms/{vcm}?force=0|1             -> VcmDetail
     operator    POST   /v1/vcms/{vcm}/migrate               MigrateRequest -> VcmDetail
     terminal    WS     /v1/terminal                         TerminalToManagement / ManagementToTerminal
@@ -22,6 +23,7 @@ from cipherfleet.contract.lifecycle import TraceEntry
 from cipherfleet.contract.machine_api import Isolation, MachineReport, VcmState
 from cipherfleet.contract.messages import Message
 from cipherfleet.contract.statements import Purpose, Signed
+from cipherfleet.contract.vcc import VccLimits, VccStatistics
 
 
 class MachineRegistration(Message, frozen=True):
@@ -59,6 +61,8 @@ class VcmDetail(Message, frozen=True):
     vcm: VcmEntry
     isolation: Isolation | None
     trace: tuple[TraceEntry, ...]
+    limits: VccLimits = VccLimits()
+    statistics: VccStatistics = VccStatistics()
 
 
 class VcmCreateRequest(Message, frozen=True):

@@ -3,6 +3,7 @@
 from cipherfleet.contract.errors import MachineUnknown
 from cipherfleet.contract.ids import MachineId, VcmId
 from cipherfleet.contract.machine_api import BuildOrder, VcmReport
+from cipherfleet.contract.vcc import VccLimits
 from cipherfleet.management.machines import Machines
 
 
@@ -14,6 +15,11 @@ class ImageStore:
         """Creation step 6. Raises ``MachineUnavailable``, ``TimedOut`` or what the machine says."""
         caller = await self._machines.caller(machine)
         return await caller.call("PUT", f"/v1/vcms/{vcm}", order, reply=VcmReport, timeout=self._timeout)
+
+    async def limit(self, machine: MachineId, vcm: VcmId, limits: VccLimits) -> None:
+        """Hold a VCM's vCC to ``limits``. Raises ``MachineUnavailable``, ``TimedOut`` or ``VcmUnknown``."""
+        caller = await self._machines.caller(machine)
+        await caller.call("PUT", f"/v1/vcms/{vcm}/limits", limits, timeout=self._timeout)
 
     async def delete(self, machine: MachineId, vcm: VcmId) -> None:
         """Deletion step 6; what is gone is gone. Raises ``MachineUnavailable`` or ``TimedOut``."""

@@ -19,6 +19,7 @@ from cipherfleet.contract.ids import ConsumerId, MachineId, VcmId
 from cipherfleet.contract.lifecycle import CREATION, Process, TraceEntry
 from cipherfleet.contract.machine_api import VcmState
 from cipherfleet.contract.management_api import FlowFailed, LoginPermit, ServiceOn
+from cipherfleet.contract.vcc import VccLimits
 from cipherfleet.management.creation import Creation
 from cipherfleet.management.deletion import Deletion
 from cipherfleet.management.inventory import BUILDING_STATES, Cause, DomainRecord, VcmRecord
@@ -104,11 +105,27 @@ class Lifecycle:
                 if old.state is not VcmState.SERVING:
                     raise StateConflict(f"{vcm} is {old.state}, only a serving VCM can migrate")
                 new = await self._create(consumer, running, wished=wished, avoid=old.machine)
+                await self._hand_on_limits(old, new)
                 running.vcm = vcm
                 await self._delete(vcm, Cause.CONSUMER, running)
                 return new
 
         return await self._own(work())
+
+    async def limit(self, vcm: VcmId, limits: VccLimits) -> None:
+        """Hold a VCM's vCC to ``limits`` as long as the VCM lives, and its successor by migration. Raises ``StateConflict``."""
+        record = await self._modules.store.vcm(vcm)
+        if record.machine is None or record.state is not VcmState.SERVING:
+            raise StateConflict(f"{vcm} is {record.state}, only a serving VCM has a vCC to limit")
+        await self._modules.images.limit(record.machine, vcm, limits)
+        log.info("audit: the operator holds %s of %s to %s", vcm, record.consumer, limits)
+        await self._modules.monitor.look(record.machine)
+
+    async def _hand_on_limits(self, old: VcmRecord, new: VcmRecord) -> None:
+        if old.machine is not None and new.machine is not None and await self._modules.monitor.look(old.machine):
+            report = self._modules.monitor.vcm(old.id)
+            if report is not None and report.limits != VccLimits():
+                await self._modules.images.limit(new.machine, new.id, report.limits)
 
     # -- what the ring decides -----------------------------------------------------------------------------------------
 

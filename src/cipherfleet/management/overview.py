@@ -40,7 +40,10 @@ class Overview:
             await modules.monitor.look(record.machine)  # it serves since the last look
         report = modules.monitor.vcm(vcm)
         isolation = (report.isolation if report is not None else None) or record.isolation
-        return VcmDetail(self._entry(record, domains.get(record.consumer), report), isolation, await modules.store.trace(vcm))
+        entry, trace = self._entry(record, domains.get(record.consumer), report), await modules.store.trace(vcm)
+        if report is None:
+            return VcmDetail(entry, isolation, trace)
+        return VcmDetail(entry, isolation, trace, report.limits, report.statistics)
 
     async def domain(self, consumer: ConsumerId) -> DomainInfo:
         """Raises ``ConsumerUnknown``."""

@@ -14,6 +14,7 @@ from cipherfleet.contract.management_api import (
     VcmList,
 )
 from cipherfleet.contract.messages import Done
+from cipherfleet.contract.vcc import VccLimits
 from cipherfleet.management.inventory import MachineRecord
 from cipherfleet.management.lifecycle import Lifecycle
 from cipherfleet.management.machines import Machines
@@ -38,6 +39,7 @@ class Routes:
         server.route("GET", "/v1/vcms", OPERATOR, self._vcms)
         server.route("GET", "/v1/vcms/{vcm}", OPERATOR, self._vcm)
         server.route("POST", "/v1/vcms", OPERATOR, self._create)
+        server.route("PUT", "/v1/vcms/{vcm}/limits", OPERATOR, self._limit)
         server.route("DELETE", "/v1/vcms/{vcm}", OPERATOR, self._delete)
         server.route("POST", "/v1/vcms/{vcm}/migrate", OPERATOR, self._migrate)
         server.route("GET", "/v1/terminal", (Role.TERMINAL,), self._terminal)
@@ -73,6 +75,11 @@ class Routes:
     async def _create(self, call: Call) -> VcmDetail:
         request = await call.body(VcmCreateRequest)
         return await self._overview.vcm((await self._lifecycle.create(request.consumer, request.machine)).id)
+
+    async def _limit(self, call: Call) -> VcmDetail:
+        vcm = call.path("vcm", VcmId)
+        await self._lifecycle.limit(vcm, await call.body(VccLimits))
+        return await self._overview.vcm(vcm)
 
     async def _delete(self, call: Call) -> VcmDetail:
         vcm, force = call.path("vcm", VcmId), _flag(call, "force")

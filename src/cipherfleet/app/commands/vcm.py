@@ -12,7 +12,7 @@ from cipherfleet.contract.errors import ConsumerUnknown
 from cipherfleet.contract.ids import ConsumerId, MachineId
 from cipherfleet.contract.management_api import MigrateRequest, PlatformStatus, VcmCreateRequest, VcmDetail, VcmList
 
-app = typer.Typer(help="Virtual cipher machines: list, show, create, delete, migrate.", no_args_is_help=True)
+app = typer.Typer(help="Virtual cipher machines: list, show, create, delete, migrate, limits.", no_args_is_help=True)
 
 VcmArgument = Annotated[str, typer.Argument(metavar="ID", help="The VCM's id.")]
 
@@ -99,6 +99,39 @@ def migrate(
     _show(detail, trace=True, as_json=json)
 
 
+@app.command()
+def limits(
+    vcm: VcmArgument,
+    state: State,
+    operations: Annotated[float | None, typer.Option(min=0, help="Operations per second; 0: any number.")] = None,
+    bytes_: Annotated[float | None, typer.Option("--bytes", min=0, help="Bytes of data per second; 0: any number.")] = None,
+    depth: Annotated[int | None, typer.Option(min=1, max=256, help="Requests that the card works on at once.")] = None,
+    keys: Annotated[int | None, typer.Option(min=0, max=16384, help="Keys loaded in the card.")] = None,
+    weight: Annotated[float | None, typer.Option(min=0.1, max=100, help="Share of the card beside others that wait.")] = None,
+    json: Json = False,
+) -> None:
+    """Show what a VCM may use of its card, or change it from now on: what is not given stays as it is.
+
+    Requests over a rate wait, they are not refused. The limits last as long as the VCM, and go with it to another machine.
+    """
+    wished = {"operations_s": operations, "bytes_s": bytes_, "depth": depth, "keys": keys, "weight": weight}
+    given = {name: value for name, value in wished.items() if value is not None}
+
+    async def ask() -> VcmDetail:
+        async with Cloud(state).management() as management:
+            found = await management.call("GET", f"/v1/vcms/{vcm}", reply=VcmDetail)
+            if not given:
+                return found
+            changed = msgspec.structs.replace(found.limits, **given)
+            return await management.call("PUT", f"/v1/vcms/{vcm}/limits", changed, reply=VcmDetail)
+
+    found = msgspec.to_builtins(run(ask()).limits)
+    if json:
+        output.document(found)
+    else:
+        output.table("limits", ("what", "value"), [(name.replace("_s", " per second"), value) for name, value in found.items()])
+
+
 async def _call(state: Any, method: str, path: str, body: object | None = None) -> VcmDetail:
     async with Cloud(state).management() as management:
         return await management.call(method, path, body, reply=VcmDetail)
@@ -108,12 +141,32 @@ def _show(detail: VcmDetail, *, trace: bool, as_json: bool) -> None:
     vcm = detail.vcm
     if as_json:
         document = {**msgspec.to_builtins(vcm), "isolation": msgspec.to_builtins(detail.isolation)}
+        document |= {"limits": msgspec.to_builtins(detail.limits), "statistics": msgspec.to_builtins(detail.statistics)}
         output.document({**document, "trace": msgspec.to_builtins(detail.trace)} if trace else document)
         return
     output.screen.print(f"[bold]{vcm.id}[/] of {vcm.consumer} on {vcm.machine}: {vcm.state}, {vcm.endpoint}, pid {vcm.pid}")
     if detail.isolation is not None:
         facts = msgspec.to_builtins(detail.isolation)
         output.table("isolation in force", ("what", "value"), [(k.replace("_", " "), v) for k, v in facts.items()])
+    if detail.statistics.service_us:
+        output.table(
+            "requests in the card",
+            ("time", "p50 us", "p99 us", "longest us"),
+            [
+                ("waiting", *_quantiles(detail.statistics.queue_us)),
+                ("in service", *_quantiles(detail.statistics.service_us)),
+            ],
+        )
     if trace:
         rows = [(t.process, t.step, t.actor, t.action, f"{t.ms:.1f}", t.error) for t in detail.trace]
         output.table("trace", ("process", "step", "actor", "action", "ms", "error"), rows)
+
+
+def _quantiles(counts: tuple[int, ...]) -> tuple[str, str, str]:
+    """p50, p99 and longest of a histogram by powers of two: each said by its upper bound."""
+    total, seen = sum(counts), 0
+    found: list[str] = []
+    for power, count in enumerate(counts):
+        seen += count
+        found += [f"< {2**power}"] * (sum(seen >= share * total for share in (0.5, 0.99, 1.0)) - len(found))
+    return found[0], found[1], found[2]
