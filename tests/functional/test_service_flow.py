@@ -4,6 +4,7 @@ import base64
 import hashlib
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,28 @@ def test_migration_moves_the_service_to_another_machine(shared_cloud: TestCloud,
         assert moved["machine"] == target
         assert [v.id for v in consumer.vcms()] == [moved["id"]]
         assert client.decrypt(ciphertext) == b"moving"
+
+
+def test_limits_are_set_while_a_vcm_serves_and_move_with_it(shared_cloud: TestCloud, consumer: Consumer) -> None:
+    vcm, state = consumer.plug_in()["vcm"], shared_cloud.cloud.state
+    assert command("vcm", "limits", vcm, "--state", state, "--json").document["operations_s"] == 0
+    told = command("vcm", "limits", vcm, "--operations", "20", "--weight", "2", "--keys", "1", "--state", state, "--json").document
+    assert told == {"operations_s": 20.0, "bytes_s": 0.0, "depth": 256, "keys": 1, "weight": 2.0}
+    with consumer.client() as client:
+        key = client.create_key("AES-256-GCM")
+        assert refusal(lambda: client.create_key("AES-256-GCM")) == "limit-reached"
+        began = time.monotonic()
+        for _ in range(12):
+            client.encrypt(key.id, b"slowly")
+        assert time.monotonic() - began > (12 - 3) / 20
+    target = next(m for m in ("m1", "m2") if m != shared_cloud.vcm(vcm).vcm.machine)
+    moved = command("vcm", "migrate", vcm, "--to", target, "--state", state, "--json").document["id"]
+    assert command("vcm", "limits", moved, "--bytes", "1e9", "--state", state, "--json").document == {**told, "bytes_s": 1e9}
+    shown = command("vcm", "show", moved, "--state", state, "--json").document
+    assert sum(shown["statistics"]["service_us"]) > 0
+    assert "in service" in command("vcm", "show", moved, "--state", state).stdout
+    assert command("vcm", "limits", vcm, "--weight", "2", "--state", state, "--json").document["error"]["code"] == "state-conflict"
+    assert command("vcm", "limits", moved, "--depth", "0", "--state", state).status == 2
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 1_000_000])

@@ -15,6 +15,7 @@ from cipherfleet import Client
 from cipherfleet.contract.ciphertext import HEADER_BYTES, TAG_BYTES, sealed_length
 from cipherfleet.contract.errors import CipherfleetError, CiphertextInvalid, CiphertextTruncated, DiskFull, FileProblem, LeaseExpired
 from cipherfleet.contract.vcc import CHUNK_BYTES, Operation
+from cipherfleet.services.components.streams import IN_FLIGHT
 from cipherfleet.services.middleware.targets import WholeFile, file_error
 from tests.unit.services.stage import Stage
 
@@ -91,6 +92,24 @@ async def test_an_error_at_any_time_leaves_nothing(stage: Stage, client: Client,
     with pytest.raises(LeaseExpired):
         await client.encrypt_file(key.id, plain, tmp_path / "out")
     assert names(tmp_path) == ["plain"]
+
+
+async def test_the_card_has_several_chunks_of_a_file_at_once(stage: Stage, client: Client, plain: Path, tmp_path: Path) -> None:
+    key, under_way, most = await client.create_key(), 0, 0
+
+    async def look(found: Operation) -> None:
+        nonlocal under_way, most
+        if found is Operation.UPDATE:
+            under_way += 1
+            most = max(most, under_way)
+            await asyncio.sleep(0.02)
+            under_way -= 1
+
+    stage.host.card.before = look
+    await client.encrypt_file(key.id, plain, tmp_path / "sealed")
+    assert most == IN_FLIGHT
+    await client.decrypt_file(tmp_path / "sealed", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == plain.read_bytes()
 
 
 async def test_a_vcm_that_goes_away_leaves_nothing(stage: Stage, client: Client, plain: Path, tmp_path: Path) -> None:

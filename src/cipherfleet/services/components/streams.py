@@ -1,6 +1,7 @@
 """A body through the card: one ``RUN`` when it is small, else a stream of whole chunks, answered while it still comes in."""
 
 import asyncio
+from collections import deque
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack, suppress
 from typing import Any, Self
@@ -15,6 +16,8 @@ from cipherfleet.services.components.bodies import Body
 
 BLOCK_CHUNKS = 8
 """Chunks per ``UPDATE``: 512 KiB."""
+IN_FLIGHT = 3
+"""Updates of one message that the card may have at once: its chunks are independent of each other."""
 
 
 def chunk_bytes(verb: Verb) -> int:
@@ -29,7 +32,7 @@ class CardStream:
         self._card, self._handle, self._request = card, handle, request
         self._stream = 0
         self._open = False
-        self._running: asyncio.Task[bytes] | None = None
+        self._running: set[asyncio.Task[bytes]] = set()
         self.head = b""
 
     async def __aenter__(self) -> Self:
@@ -38,17 +41,19 @@ class CardStream:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        if self._running is not None:
-            self._running.cancel()
-            await asyncio.gather(self._running, return_exceptions=True)
+        for update in self._running:
+            update.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
         if self._open:
             with suppress(CipherfleetError):  # the card may have dropped it already
                 await asyncio.shield(self._card.submit(Operation.ABORT, handle=self._stream))
 
     def start_update(self, data: bytes | memoryview) -> asyncio.Task[bytes]:
-        """Give whole chunks to the card, and go on reading while it works."""
-        self._running = asyncio.create_task(self.update(data))
-        return self._running
+        """Give whole chunks to the card, and go on reading while it works. Updates reach it in the order of these calls."""
+        update = asyncio.create_task(self.update(data))
+        self._running.add(update)
+        update.add_done_callback(self._running.discard)
+        return update
 
     async def update(self, data: bytes | memoryview) -> bytes:
         return (await self._card.submit(Operation.UPDATE, handle=self._stream, data=data)).data
@@ -167,17 +172,25 @@ async def transform(
         return web.Response(body=data, headers=plain_headers, content_type="application/octet-stream")
     async with CardStream(card, handle, stream_request) as stream:
         head = stream.head
-        while await body.fill(block):
-            update = stream.start_update(body.take(block))
-            await body.fill(block)  # the network goes on while the card works
-            piece = await update
+        updates: deque[asyncio.Task[bytes]] = deque()
+
+        async def give() -> None:
+            nonlocal head
+            piece = await updates.popleft()
             await answer.write(head + piece if head else piece)
             head = b""
+
+        while await body.fill(block):  # the network goes on while the card works
+            updates.append(stream.start_update(body.take(block)))
+            if len(updates) == IN_FLIGHT:
+                await give()
         rest = memoryview(body.take(block))
         whole = _whole_chunks(len(rest), chunk)
-        last = [await stream.update(rest[:whole])] if whole else []
-        last.append(await stream.finish(rest[whole:]))
-        await answer.end(b"".join(last))
+        if whole:
+            updates.append(stream.start_update(rest[:whole]))
+        while updates:
+            await give()
+        await answer.end(await stream.finish(rest[whole:]))
     return answer.response
 
 

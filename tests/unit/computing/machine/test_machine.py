@@ -32,11 +32,13 @@ from cipherfleet.contract.errors import (
     ServiceUnavailable,
     StateNotWritable,
     TokenStale,
+    VcmUnknown,
 )
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import ConsumerId, MachineId, VcmId, new_vcm_id
 from cipherfleet.contract.machine_api import BuildOrder, MachineReport, VcmReport, VcmSize, VcmState
 from cipherfleet.contract.settings import Settings
+from cipherfleet.contract.vcc import VccLimits
 from cipherfleet.contract.vcm_api import KeyCreateRequest, KeyDescription
 from tests.unit.computing.machine.conftest import reachable_from
 from tests.unit.computing.machine.fake_kmc import FakeKmc
@@ -325,11 +327,31 @@ async def test_only_the_management_platform_gives_orders(tmp_path: Path, kmc: Fa
     async with machine(tmp_path, kmc, card=False) as m:
         name = Identity(Role.MACHINE, "m1").dns_name
         async with Caller(m.caller.url, name, kmc.credentials(Role.OPERATOR, "operator"), MachineUnavailable) as operator:
-            for method, path in (("GET", "/v1/status"), ("DELETE", f"/v1/vcms/{new_vcm_id()}")):
+            for method, path in (
+                ("GET", "/v1/status"),
+                ("PUT", f"/v1/vcms/{new_vcm_id()}/limits"),
+                ("DELETE", f"/v1/vcms/{new_vcm_id()}"),
+            ):
                 with pytest.raises(NotPermitted):
                     await operator.call(method, path)
         with pytest.raises(Malformed):
             await m.caller.call("DELETE", "/v1/vcms/..%2F..")
+
+
+async def test_limits_reach_the_card(tmp_path: Path, kmc: FakeKmc) -> None:
+    async with machine(tmp_path, kmc) as m:
+        vcm = await m.serving(m.order())
+        path = f"/v1/vcms/{vcm.id}/limits"
+        await m.caller.call("PUT", path, VccLimits(operations_s=5000, weight=2.5))
+        report = (await m.report()).vcms[0]
+        assert report.limits == VccLimits(operations_s=5000, weight=2.5)
+        assert sum(report.statistics.service_us) == report.operations > 0
+        for wrong in ({"weight": 0}, {"depth": 257}, {"keys": -1}, {"bytes_s": "many"}, {"more": 1}, [1]):
+            with pytest.raises(Malformed):
+                await m.caller.call("PUT", path, wrong)
+        with pytest.raises(VcmUnknown):
+            await m.caller.call("PUT", f"/v1/vcms/{new_vcm_id()}/limits", VccLimits())
+        assert (await m.report()).vcms[0].limits == VccLimits(operations_s=5000, weight=2.5)
 
 
 async def test_a_port_or_a_state_that_cannot_be_had_is_said(tmp_path: Path, kmc: FakeKmc, monkeypatch: pytest.MonkeyPatch) -> None:
