@@ -36,8 +36,9 @@ INLINE_BYTES = 128 * 1024
 """More data is never worked on in the loop's thread while there are others: it would keep everybody waiting."""
 TURN_S = 0.002
 """How long requests are served before the loop looks at anything else."""
-POLL_S = 100e-6
-"""How long a quiet vCC is polled before it sleeps."""
+POLL_S, LONGEST_POLL_S = 100e-6, 1e-3
+"""How long a quiet vCC is polled before it sleeps: longer where requests came soon after it had gone to sleep, as one wake-up costs
+as much as serving ten requests."""
 LONGEST_TIMER_S = 1.0
 """Timers stop while a host sleeps, leases do not: so the clock is looked at this often."""
 PAUSE_S = 0.05
@@ -192,7 +193,8 @@ class _Vcc:
         self._normal: deque[tuple[Descriptor, float]] = deque()
         self._deficit = 0.0
         self._in_turn = False
-        self._quiet_since = 0.0
+        self._quiet_since = self._slept_at = 0.0
+        self._poll_s = POLL_S
         self._under_way = 0
         self._alone = self._ended = self._answered = False
         self._timer: asyncio.TimerHandle | None = None
@@ -251,6 +253,8 @@ class _Vcc:
     def _rung(self) -> None:
         with suppress(BlockingIOError):
             os.eventfd_read(self._bell)
+        quiet_s = time.monotonic() - self._slept_at + self._poll_s
+        self._poll_s = min(2 * self._poll_s, LONGEST_POLL_S) if quiet_s < 2 * LONGEST_POLL_S else POLL_S
         self._wake()
 
     def _wake(self) -> None:
@@ -335,10 +339,11 @@ class _Vcc:
     def _poll(self, now: float) -> _Turn:
         if not self._quiet_since:
             self._quiet_since = now
-        if now - self._quiet_since < POLL_S:
+        if now - self._quiet_since < self._poll_s:
             return _Turn.POLL
         self._device.sleeps(True)
         if not self._look(now):
+            self._slept_at = now
             return _Turn.SLEEP
         self._device.sleeps(False)
         self._quiet_since = 0.0

@@ -8,21 +8,24 @@ from typing import TypeVar
 from cipherfleet.app import output
 from cipherfleet.app.commands.demo import PIN, enrol_on
 from cipherfleet.app.wiring import Cloud
+from cipherfleet.contract.settings import LauncherChoice
 
 T = TypeVar("T")
 
 
-async def on_a_cloud(work: Callable[[Cloud, Path], Awaitable[T]]) -> T:
-    """``work(cloud, folder)`` on a cloud of one machine, whose one consumer is acme, its Ukey ``folder/ukey-acme`` plugged in."""
+async def on_a_cloud(
+    work: Callable[[Cloud, Path, Callable[[str], object]], Awaitable[T]], *, machines: int = 1, launcher: LauncherChoice | None = None
+) -> T:
+    """``work(cloud, folder, say)`` on a cloud whose one consumer is acme, its Ukey ``folder/ukey-acme`` plugged in."""
     with tempfile.TemporaryDirectory(prefix="cipherfleet-bench-") as name:
         folder = Path(name)
         cloud = Cloud(folder / "state")
         try:
             with output.working("starting a cloud", quiet=False):
-                await cloud.up(machines=1)
+                await cloud.up(machines=machines, launcher=launcher)
                 await enrol_on(cloud, "acme", folder / "ukey-acme")
                 await cloud.start_terminal(folder / "ukey-acme", PIN)
-            with output.working("measuring", quiet=False):
-                return await work(cloud, folder)
+            with output.working("measuring", quiet=False) as say:
+                return await work(cloud, folder, say)
         finally:
             await cloud.down()
