@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class MachineConfig(msgspec.Struct, frozen=True):
-    """``address``: host:port. ``credentials`` trust the root. ``launcher``: bubblewrap, unshare or none; empty: the best there is."""
+    """``address``: host:port. ``credentials`` trust the root. ``launcher``: a kind; empty: as the settings say."""
 
     id: MachineId
     state: str
@@ -83,7 +83,7 @@ async def main(configuration: MachineConfig, ready: Callable[[object], None], st
     """A machine's life. Raises ``PortTaken``, ``StateNotWritable`` or ``DiskFull``."""
     protect()
     state = _make_folders(Path(configuration.state))
-    launcher = Launcher(configuration.launcher) if configuration.launcher else await Launcher.find()
+    launcher = Launcher(configuration.launcher) if configuration.launcher else await Launcher.find(configuration.settings.launcher)
     kmc_url = urlsplit(configuration.kmc_url)
     kmc_address = parse_address(kmc_url.netloc)
     name = Identity(Role.KMC, "kmc").dns_name
@@ -110,6 +110,7 @@ async def main(configuration: MachineConfig, ready: Callable[[object], None], st
             stopping.cancel()
             await server.stop()
             await vcms.close()
+            await launcher.close()
             keeping.cancel()
             await asyncio.gather(keeping, stopping, return_exceptions=True)
         if not stop.is_set():

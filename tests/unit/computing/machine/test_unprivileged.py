@@ -16,7 +16,8 @@ import cipherfleet
 from cipherfleet.channel import codec
 from cipherfleet.channel.process import ReadyLine
 from cipherfleet.computing.confinement import Confinement, look_outside
-from cipherfleet.computing.launcher import INSIDE_RELAY, bubblewrap_command
+from cipherfleet.computing.confinement_root import INSIDE_RELAY
+from cipherfleet.computing.launcher import bubblewrap_command
 from cipherfleet.computing.relay import SOCKET_NAME, Relay
 from tests.unit.computing.machine.prisoner import Findings, Orders
 from tests.unit.computing.machine.test_launcher import ALLOWED, SOURCE, echo
