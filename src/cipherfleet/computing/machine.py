@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -87,7 +88,8 @@ async def main(configuration: MachineConfig, ready: Callable[[object], None], st
     kmc_url = urlsplit(configuration.kmc_url)
     kmc_address = parse_address(kmc_url.netloc)
     name = Identity(Role.KMC, "kmc").dns_name
-    async with Caller(configuration.kmc_url, name, configuration.credentials, KmcUnavailable) as kmc:
+    async with Caller(configuration.kmc_url, name, configuration.credentials, KmcUnavailable) as kmc, AsyncExitStack() as held:
+        held.push_async_callback(launcher.close)
         root, settings = configuration.credentials.trust, configuration.settings
         vcms = Vcms(state / "vcm", Path(configuration.run_folder), kmc, kmc_address, root, launcher, settings)
         vcms.sweep()
@@ -110,7 +112,6 @@ async def main(configuration: MachineConfig, ready: Callable[[object], None], st
             stopping.cancel()
             await server.stop()
             await vcms.close()
-            await launcher.close()
             keeping.cancel()
             await asyncio.gather(keeping, stopping, return_exceptions=True)
         if not stop.is_set():

@@ -134,7 +134,6 @@ class Zygote:
         tell, wait, zygote = _place(received, (0, 1, 2, *order.descriptors), (tell, wait, self._self))
         self._control.detach()
         try:
-            os.setsid()
             confinement_root.leave()
             pid = os.fork()
         except OSError as exc:
@@ -142,6 +141,7 @@ class Zygote:
         if pid:
             _say(tell, ForkNotice(order.number, pid=pid))
         os.close(tell)
+        os.setsid()
         if os.read(wait, 1) != _GO:
             os._exit(1)
         protect(dumpable=True, die_with_parent=True)

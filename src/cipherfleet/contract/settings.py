@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+LauncherChoice = Literal["auto", "zygote"]
+
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     heartbeat_s: Annotated[float, Meta(gt=0, le=60, description="how often the Ukey signs the lease, seconds")] = 2.0
@@ -22,8 +24,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vcm_memory_mib: Annotated[int, Meta(ge=128, le=1048576, description="virtual memory of a VCM, MiB")] = 1024
     vcm_files: Annotated[int, Meta(ge=64, le=1048576, description="open files of a VCM")] = 1024
     launcher: Annotated[
-        Literal["auto", "zygote"],
-        Meta(description="how VCMs start: auto is bubblewrap, else unshare; zygote forks them, faster and smaller, where that works"),
+        LauncherChoice,
+        Meta(description="how VCMs start: auto is bubblewrap, else unshare; zygote forks them, where that works"),
     ] = "auto"
     argon2_memory_kib: Annotated[int, Meta(ge=8192, description="memory of the PIN's and passphrase's Argon2id, KiB")] = 65536
     argon2_iterations: Annotated[int, Meta(ge=1, description="passes of the PIN's and passphrase's Argon2id")] = 3
