@@ -55,9 +55,12 @@ def _vcm_work() -> Callable[[], int]:
 def _zygote() -> int:
     import uvloop  # noqa: F401 - its children need it
 
+    from cipherfleet.channel.certificates import warm_up
     from cipherfleet.computing.zygote import serve
 
-    return serve(_vcm_work())
+    work = _vcm_work()
+    warm_up()
+    return serve(work)
 
 
 def _terminal() -> int:

@@ -1,6 +1,6 @@
 """A VCM's process gives up all that it does not need, before it meets anything of its consumer.
 
-Namespaces come from bubblewrap where that is installed, else from here. Always: limits, no capabilities, no new privileges,
+Namespaces come from bubblewrap or the zygote, else from here. Always: limits, no capabilities, no new privileges,
 Landlock, seccomp. ``confine`` returns what is in force, found by looking and trying, not by what was asked for.
 """
 
@@ -18,6 +18,7 @@ import msgspec
 
 from cipherfleet.channel.process import protect
 from cipherfleet.computing import confinement_landlock, confinement_root, confinement_seccomp
+from cipherfleet.computing.confinement_root import CLONE
 from cipherfleet.contract.errors import IsolationUnavailable
 from cipherfleet.contract.machine_api import Isolation
 
@@ -27,7 +28,6 @@ NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 FILE_BYTES = 16 * 1024 * 1024  # the largest file (a log, a memfd) that a VCM may write
 THREADS = 64
 
-_CLONE = {"mnt": 0x00020000, "cgroup": 0x02000000, "uts": 0x04000000, "ipc": 0x08000000, "user": 0x10000000, "net": 0x40000000}
 _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 24, 47, 4
 _LAST_CAPABILITY = 63
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -83,8 +83,8 @@ def _own_root(wanted: Confinement) -> None:
 def leave_host(libc: ctypes.CDLL) -> None:
     """Into namespaces of its own, as far as the kernel lets us; the file system read-only there. What worked shows from outside."""
     user, group, mounts = os.geteuid(), os.getegid(), _namespace("thread-self", "mnt")
-    rest = [_CLONE[name] for name in ("net", "ipc", "uts", "mnt", "cgroup")]
-    if libc.unshare(_CLONE["user"] | sum(rest)) == 0:
+    rest = [CLONE[name] for name in ("net", "ipc", "uts", "mnt", "cgroup")]
+    if libc.unshare(CLONE["user"] | sum(rest)) == 0:
         with suppress(OSError):
             confinement_root.map_user(user, group)
     else:

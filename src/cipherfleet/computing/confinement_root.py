@@ -13,7 +13,7 @@ from pathlib import Path
 UID = 1000  # inside a user namespace
 INSIDE_RELAY = "/run/cipherfleet"
 
-_CLONE = {
+CLONE = {
     "mnt": 0x00020000,
     "cgroup": 0x02000000,
     "uts": 0x04000000,
@@ -34,9 +34,9 @@ def leave() -> None:
     """Into namespaces of its own; the next child will be the first process of a pid namespace. Raises ``OSError``."""
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.geteuid(), os.getegid()
-    wanted = sum(flag for name, flag in _CLONE.items() if name != "cgroup")
+    wanted = sum(flag for name, flag in CLONE.items() if name != "cgroup")
     _succeeded(libc.unshare(wanted), "namespaces")
-    libc.unshare(_CLONE["cgroup"])  # not every kernel has it
+    libc.unshare(CLONE["cgroup"])  # not every kernel has it
     libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # else the maps are not ours to write; ``confine`` takes it back
     map_user(user, group)
 
