@@ -87,10 +87,7 @@ class Child:
     def __init__(self, outer: asyncio.subprocess.Process | Forked, pid: int, info: bytes, *, namespaces: tuple[str, ...] = ()) -> None:
         self.pid, self.info, self.namespaces = pid, info, namespaces
         self._outer = outer
-        try:
-            self._descriptor = os.dup(outer.descriptor) if isinstance(outer, Forked) and outer.descriptor >= 0 else os.pidfd_open(pid)
-        except ProcessLookupError:
-            self._descriptor = -1
+        self._descriptor = _pidfd(outer, pid)
 
     async def wait(self) -> int:
         """Until it is gone; its exit status."""
@@ -119,6 +116,16 @@ class Child:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _pidfd(outer: asyncio.subprocess.Process | Forked, pid: int) -> int:
+    """-1 when it is gone."""
+    if isinstance(outer, Forked):
+        return os.dup(outer.descriptor) if outer.descriptor >= 0 else -1
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return -1
 
 
 class Launcher:

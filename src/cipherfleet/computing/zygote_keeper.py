@@ -12,6 +12,8 @@ from cipherfleet.channel import codec
 from cipherfleet.computing.zygote import MESSAGE_BYTES, ForkNotice, ForkOrder
 from cipherfleet.contract.errors import CipherfleetError, Internal, IsolationUnavailable
 
+CLOSE_S = 2.0
+
 
 class Forked:
     """A child of the zygote. ``descriptor``: its pidfd, open until it has ended."""
@@ -86,7 +88,11 @@ class _Running:
 
     async def close(self) -> None:
         self._lost()
-        await self._process.wait()
+        try:
+            await asyncio.wait_for(self._process.wait(), CLOSE_S)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
         await asyncio.gather(*(child.wait() for child in list(self._children.values())))
 
     def _hear(self) -> None:

@@ -156,6 +156,17 @@ async def test_the_end_of_the_zygote_ends_its_children_and_another_one_is_starte
     other.close()
 
 
+async def test_a_zygote_that_does_not_listen_is_ended_all_the_same(launcher: Launcher, tmp_path: Path) -> None:
+    child = await start(launcher, tmp_path)
+    zygote = zygote_of(child)
+    zygote.suspend()
+    await asyncio.wait_for(launcher.close(), 10)
+    assert await child.wait() == -1
+    await gone(child.pid)
+    assert not zygote.is_running()
+    child.close()
+
+
 async def test_a_child_that_ends_early_or_never_is_ready_is_not_left(launcher: Launcher, tmp_path: Path) -> None:
     with pytest.raises(Internal):
         await start(launcher, tmp_path, mode="refused", kind="none")
