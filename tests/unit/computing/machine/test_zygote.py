@@ -3,10 +3,12 @@
 import asyncio
 import os
 import re
+import select
 import shutil
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,9 +18,10 @@ import psutil
 import pytest
 
 from cipherfleet.channel import codec
+from cipherfleet.channel.process import ReadyLine
 from cipherfleet.computing import launcher as launching
 from cipherfleet.computing.confinement import Confinement
-from cipherfleet.computing.launcher import Child, Launcher
+from cipherfleet.computing.launcher import Child, Launcher, readable_paths
 from cipherfleet.computing.zygote import ForkOrder
 from cipherfleet.contract.errors import Internal, IsolationUnavailable, TimedOut
 from cipherfleet.contract.machine_api import VcmState
@@ -154,6 +157,32 @@ async def test_the_end_of_the_zygote_ends_its_children_and_another_one_is_starte
     assert await asyncio.wait_for(other.wait(), 5) == -1
     await gone(other.pid)
     other.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, None], ids=["killed", "told"])
+def test_the_kernel_ends_the_children_with_the_zygote(tmp_path: Path, number: signal.Signals | None) -> None:
+    """Nobody here signals them: as when the machine was killed."""
+    (tmp_path / "relay").mkdir()
+    confinement = Confinement("process", "zygote", 512, 64, (), readable_paths(), str(tmp_path))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    stdin, to_child = os.pipe()
+    from_child, stdout = os.pipe()
+    with ours, os.fdopen(from_child, "rb") as said, subprocess.Popen([sys.executable, "-c", SOURCE], stdin=theirs.fileno()) as zygote:
+        theirs.close()
+        socket.send_fds(ours, [codec.encode(ForkOrder(1))], [stdin, stdout, 2])
+        _, (pidfd,), _, _ = socket.recv_fds(ours, 1000, 1)
+        os.close(stdin)
+        os.close(stdout)
+        os.write(to_child, codec.encode(confinement))
+        os.close(to_child)
+        assert codec.decode(said.readline(), ReadyLine).ready
+        assert not select.select([pidfd], [], [], 0.1)[0]
+        if number is not None:
+            zygote.send_signal(number)
+        else:
+            ours.close()
+        assert select.select([pidfd], [], [], 5)[0]
+        os.close(pidfd)
 
 
 async def test_a_zygote_that_does_not_listen_is_ended_all_the_same(launcher: Launcher, tmp_path: Path) -> None:
