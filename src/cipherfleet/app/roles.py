@@ -41,11 +41,26 @@ def _card() -> int:
 
 
 def _vcm() -> int:
+    return _vcm_work()()
+
+
+def _vcm_work() -> Callable[[], int]:
     from cipherfleet.computing.vcm_config import VcmConfig
     from cipherfleet.computing.vcm_process import confined, main
     from cipherfleet.services.components import mount
 
-    return run(partial(main, mount=mount), VcmConfig, prepare=confined)
+    return partial(run, partial(main, mount=mount), VcmConfig, prepare=confined)
+
+
+def _zygote() -> int:
+    import uvloop  # noqa: F401 - its children need it
+
+    from cipherfleet.channel.certificates import warm_up
+    from cipherfleet.computing.zygote import serve
+
+    work = _vcm_work()
+    warm_up()
+    return serve(work)
 
 
 def _terminal() -> int:
@@ -61,6 +76,7 @@ ROLES: dict[str, Callable[[], int]] = {
     "machine": _machine,
     "card": _card,
     "vcm": _vcm,
+    "zygote": _zygote,
     "terminal": _terminal,
 }
 

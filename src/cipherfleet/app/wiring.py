@@ -48,7 +48,7 @@ from cipherfleet.contract.ids import ConsumerId, MachineId
 from cipherfleet.contract.machine_api import VcmState
 from cipherfleet.contract.management_api import MachineRegistration, PlatformStatus
 from cipherfleet.contract.messages import CertificateRequest, Chain
-from cipherfleet.contract.settings import Settings
+from cipherfleet.contract.settings import LauncherChoice, Settings
 from cipherfleet.kmc.process import HsmConfig, KmcConfig, KmcReady
 from cipherfleet.management.drivers.local_domain import sweep_network
 from cipherfleet.management.process import ManagementConfig
@@ -124,6 +124,7 @@ class Cloud:
         *,
         machines: int | None = None,
         isolation: str | None = None,
+        launcher: LauncherChoice | None = None,
         passphrase_file: Path | None = None,
         passphrase: str = "",
         settings: Settings | None = None,
@@ -131,10 +132,11 @@ class Cloud:
     ) -> None:
         """Start what does not run. Raises what hindered it; processes that already ran stay.
 
+        ``launcher``: how VCMs start, on machines that are started from now on.
         ``passphrase``: the HSM's, typed; from then on it must be given whenever the HSM has to be started.
         """
         with self._writable(), self._lock():
-            record = self._settle(machines, isolation, passphrase_file, settings, asked=bool(passphrase))
+            record = self._settle(machines, isolation, launcher, passphrase_file, settings, asked=bool(passphrase))
             async for _ in _until(STARTUP_S, "the cloud to be ready"):
                 await self._start_missing(record, passphrase, progress)
                 if (await self.status()).ready:  # what was just being killed shows only now
@@ -182,9 +184,16 @@ class Cloud:
     # -- starting ------------------------------------------------------------------------------------------------------
 
     def _settle(
-        self, machines: int | None, isolation: str | None, passphrase_file: Path | None, settings: Settings | None, *, asked: bool
+        self,
+        machines: int | None,
+        isolation: str | None,
+        launcher: LauncherChoice | None,
+        passphrase_file: Path | None,
+        settings: Settings | None,
+        *,
+        asked: bool,
     ) -> CloudRecord:
-        """The record of this cloud: made at the first ``up``, later only the number of machines may grow."""
+        """The record of this cloud: made at the first ``up``; later the number of machines may grow, and the launcher be another one."""
         path = self.state / "cloud.json"
         if not path.exists():
             if isolation == "domain" and os.geteuid() != 0:
@@ -209,6 +218,8 @@ class Cloud:
             )
             if passphrase_file is not None:
                 record = msgspec.structs.replace(record, passphrase_file=str(passphrase_file.absolute()))
+        if launcher is not None:
+            record = msgspec.structs.replace(record, settings=msgspec.structs.replace(record.settings, launcher=launcher))
         write_private(path, codec.encode(record))
         return record
 

@@ -4,6 +4,7 @@ import hashlib
 import ipaddress
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -74,6 +75,17 @@ def make_request(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey, identity: 
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity.uri[:64])])
     request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
     return request.public_bytes(serialization.Encoding.DER)
+
+
+def warm_up() -> None:
+    """Have the library set up what keys and signatures need, without a key or a random number: for a process that forks."""
+    generator = ec.EllipticCurvePublicNumbers(
+        0x6B17D1F2E12C4247F8BCE6E563A440F277037D812DEB33A0F4A13945D898C296,
+        0x4FE342E2FE1A7F9B8EE7EB4A7C0F9E162BCE33576B315ECECBB6406837BF51F5,
+        ec.SECP256R1(),
+    ).public_key()
+    with suppress(InvalidSignature):
+        generator.verify(b"", public_key_der(generator), ec.ECDSA(hashes.SHA256()))
 
 
 def public_key_der(key: object) -> bytes:

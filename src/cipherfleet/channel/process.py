@@ -147,6 +147,16 @@ def _say(report: IO[bytes], line: ReadyLine) -> None:
         report.close()
 
 
+def read_report(line: bytes, log_file: Path) -> bytes:
+    """The JSON that a child reported when it was ready. Raises the error that it reported, or ``Internal`` when it said nothing."""
+    if not line:
+        raise Internal(f"a process ended before it was ready, see {log_file}")
+    report = codec.decode(line, ReadyLine, what="a child's report")
+    if report.error is not None:
+        raise CipherfleetError.from_body(report.error)
+    return bytes(report.info)
+
+
 async def start_child(
     command: Sequence[str],
     configuration: object,
@@ -179,11 +189,7 @@ async def start_child(
             await child.stdin.drain()
         child.stdin.close()
         line = await asyncio.wait_for(child.stdout.readline(), timeout)
-        if not line:
-            raise Internal(f"a process ended before it was ready, see {log_file}")
-        report = codec.decode(line, ReadyLine, what="a child's report")
-        if report.error is not None:
-            raise CipherfleetError.from_body(report.error)
+        info = read_report(line, log_file)
     except BaseException as exc:
         with suppress(ProcessLookupError):
             child.kill()
@@ -191,7 +197,7 @@ async def start_child(
         if isinstance(exc, TimeoutError):
             raise TimedOut(f"a process was not ready within {timeout:.0f} s, see {log_file}") from exc
         raise
-    return child, bytes(report.info)
+    return child, info
 
 
 def start_daemon(
@@ -224,15 +230,11 @@ def start_daemon(
             if not select.select([stdout], [], [], timeout)[0]:
                 raise TimedOut(f"a process was not ready within {timeout:.0f} s, see {log_file}")
             line = stdout.readline()
-        if not line:
-            raise Internal(f"a process ended before it was ready, see {log_file}")
-        report = codec.decode(line, ReadyLine, what="a child's report")
-        if report.error is not None:
-            raise CipherfleetError.from_body(report.error)
+        info = read_report(line, log_file)
     except BaseException:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         with suppress(ChildProcessError):
             os.waitpid(pid, 0)
         raise
-    return bytes(report.info)
+    return info

@@ -1,6 +1,6 @@
 """A VCM's process gives up all that it does not need, before it meets anything of its consumer.
 
-Namespaces come from bubblewrap where that is installed, else from here. Always: limits, no capabilities, no new privileges,
+Namespaces come from bubblewrap or the zygote, else from here. Always: limits, no capabilities, no new privileges,
 Landlock, seccomp. ``confine`` returns what is in force, found by looking and trying, not by what was asked for.
 """
 
@@ -17,7 +17,8 @@ from pathlib import Path
 import msgspec
 
 from cipherfleet.channel.process import protect
-from cipherfleet.computing import confinement_landlock, confinement_seccomp
+from cipherfleet.computing import confinement_landlock, confinement_root, confinement_seccomp
+from cipherfleet.computing.confinement_root import CLONE
 from cipherfleet.contract.errors import IsolationUnavailable
 from cipherfleet.contract.machine_api import Isolation
 
@@ -26,21 +27,18 @@ log = logging.getLogger(__name__)
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 FILE_BYTES = 16 * 1024 * 1024  # the largest file (a log, a memfd) that a VCM may write
 THREADS = 64
-UID = 1000  # inside a user namespace
 
-_CLONE = {"mnt": 0x00020000, "cgroup": 0x02000000, "uts": 0x04000000, "ipc": 0x08000000, "user": 0x10000000, "net": 0x40000000}
 _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 24, 47, 4
 _LAST_CAPABILITY = 63
 _CAPABILITY_VERSION_3 = 0x20080522
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
-_SYS_MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
 
 
 class Confinement(msgspec.Struct, frozen=True):
     """What a VCM is confined to. ``readable``: all that it may read. ``folder``: where it works, when the launcher does not say."""
 
     mode: str  # process | domain
-    launcher: str  # bubblewrap | unshare | none
+    launcher: str  # bubblewrap | zygote | unshare | none
     memory_mib: int
     files: int
     processors: tuple[int, ...] = ()
@@ -56,7 +54,9 @@ def confine(wanted: Confinement, *, listening: int = -1) -> Isolation:
     if threading.active_count() > 1 or len(os.listdir("/proc/self/task")) > 1:  # noqa: PTH208
         raise IsolationUnavailable("a process with several threads cannot be confined")
     libc = ctypes.CDLL(None, use_errno=True)
-    if wanted.folder:
+    if wanted.launcher == "zygote":
+        _own_root(wanted)
+    elif wanted.folder:
         os.chdir(wanted.folder)
     if wanted.launcher == "unshare":
         leave_host(libc)
@@ -71,23 +71,29 @@ def confine(wanted: Confinement, *, listening: int = -1) -> Isolation:
     return isolation
 
 
+def _own_root(wanted: Confinement) -> None:
+    """The root that bubblewrap would have made; the namespaces are there already."""
+    folder = Path(wanted.folder)
+    try:
+        confinement_root.enter(wanted.readable, folder / "relay", folder.name)
+    except OSError as exc:
+        raise IsolationUnavailable(f"no root of its own can be had: {exc.strerror}") from exc
+
+
 def leave_host(libc: ctypes.CDLL) -> None:
     """Into namespaces of its own, as far as the kernel lets us; the file system read-only there. What worked shows from outside."""
     user, group, mounts = os.geteuid(), os.getegid(), _namespace("thread-self", "mnt")
-    rest = [_CLONE[name] for name in ("net", "ipc", "uts", "mnt", "cgroup")]
-    if libc.unshare(_CLONE["user"] | sum(rest)) == 0:
+    rest = [CLONE[name] for name in ("net", "ipc", "uts", "mnt", "cgroup")]
+    if libc.unshare(CLONE["user"] | sum(rest)) == 0:
         with suppress(OSError):
-            Path("/proc/self/setgroups").write_text("deny")
-            Path("/proc/self/uid_map").write_text(f"{UID} {user} 1")
-            Path("/proc/self/gid_map").write_text(f"{UID} {group} 1")
+            confinement_root.map_user(user, group)
     else:
         for flag in rest:
             libc.unshare(flag)
     if _namespace("thread-self", "mnt") != mounts:
         libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
-        attributes = (ctypes.c_uint64 * 4)(_MOUNT_ATTR_RDONLY, 0, 0, 0)
-        arguments = (ctypes.c_int(_AT_FDCWD), b"/", ctypes.c_uint(_AT_RECURSIVE), ctypes.byref(attributes), ctypes.c_size_t(32))
-        libc.syscall(ctypes.c_long(_SYS_MOUNT_SETATTR), *arguments)
+        with suppress(OSError):
+            confinement_root.read_only(libc, "/")
 
 
 def _limit(wanted: Confinement) -> None:
@@ -210,12 +216,20 @@ def _limits() -> dict[str, int]:
 # -- from outside ------------------------------------------------------------------------------------------------------
 
 
-def look_outside(pid: int, inside: Isolation) -> Isolation:
-    """What a process says of its isolation, and what the host sees of it: only what both agree on counts."""
+def own_namespaces(pid: int) -> tuple[str, ...]:
+    """Those of a process that are not ours, as far as we may see them."""
+    return tuple(name for name in NAMESPACES if _namespace(pid, name) not in ("", _namespace("self", name)))
+
+
+def look_outside(pid: int, inside: Isolation, seen: tuple[str, ...] = ()) -> Isolation:
+    """What a process says of its isolation, and what the host sees of it: only what both agree on counts.
+
+    ``seen``: namespaces that the host saw before the process became one that it may not look at.
+    """
     status = process_status(pid)
     return msgspec.structs.replace(
         inside,
-        namespaces=tuple(name for name in NAMESPACES if _namespace(pid, name) not in ("", _namespace("self", name))),
+        namespaces=own_namespaces(pid) or seen,
         no_new_privileges=inside.no_new_privileges and status.get("NoNewPrivs") == "1",
         seccomp=inside.seccomp and status.get("Seccomp") == "2",
         capabilities=inside.capabilities if inside.capabilities == capabilities(status) else "?",

@@ -64,6 +64,12 @@ def restrict(listening: int = -1) -> None:
     rules.load()
 
 
+def preload() -> None:
+    """Load what ``restrict`` needs, if it is there: a process that forks does it once for all its children."""
+    with suppress(OSError):
+        _pyseccomp()
+
+
 def _pyseccomp() -> Any:
     """The module; it would ask ldconfig and a compiler where its library is, and in a sandbox there is neither."""
     original = ctypes.util.find_library

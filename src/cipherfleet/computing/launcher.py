@@ -1,6 +1,7 @@
 """Starts a VCM's process confined: under bubblewrap where that works, else into namespaces that the process enters itself.
 
-Under bubblewrap the file system is a new one, of what Python needs to run and the socket to the KMC, all read-only.
+Under bubblewrap the file system is a new one, of what Python needs to run and the socket to the KMC, all read-only. So it is for
+a child of the zygote, if that is asked for.
 """
 
 import asyncio
@@ -15,14 +16,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import cipherfleet
-from cipherfleet.channel.process import start_child
-from cipherfleet.computing.confinement import UID, Confinement
+from cipherfleet.channel import codec
+from cipherfleet.channel.process import read_report, start_child
+from cipherfleet.computing.confinement import Confinement, own_namespaces
+from cipherfleet.computing.confinement_root import INSIDE_RELAY, UID
 from cipherfleet.computing.relay import SOCKET_NAME
-from cipherfleet.contract.errors import Internal
+from cipherfleet.computing.zygote_keeper import Forked, ZygoteKeeper
+from cipherfleet.contract.errors import CipherfleetError, Internal, TimedOut
 
 log = logging.getLogger(__name__)
 
-INSIDE_RELAY = "/run/cipherfleet"
 PROBE_S = 10.0
 REAP_S = 2.0
 _TEMPORARY_BYTES = 1024 * 1024
@@ -30,6 +33,7 @@ _SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/etc/ssl/openssl.cnf")
 _ENVIRONMENT = {"LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "2"}  # an arena for each thread would eat up the address space
 
 VCM_COMMAND = (sys.executable, "-I", "-B", "-m", "cipherfleet.app.roles", "vcm")
+ZYGOTE_COMMAND = (*VCM_COMMAND[:-1], "zygote")
 
 
 def readable_paths() -> tuple[str, ...]:
@@ -75,15 +79,15 @@ def bubblewrap_command(
 
 
 class Child:
-    """A launched process. ``pid`` is its own, in the host's pid namespace; ``info`` what it reported when it was ready."""
+    """A launched process. ``pid`` is its own, in the host's pid namespace; ``info`` what it reported when it was ready.
 
-    def __init__(self, outer: asyncio.subprocess.Process, pid: int, info: bytes) -> None:
-        self.pid, self.info = pid, info
+    ``namespaces``: those of its own that were seen before it hid them, empty when it did not have to be looked at so early.
+    """
+
+    def __init__(self, outer: asyncio.subprocess.Process | Forked, pid: int, info: bytes, *, namespaces: tuple[str, ...] = ()) -> None:
+        self.pid, self.info, self.namespaces = pid, info, namespaces
         self._outer = outer
-        try:
-            self._descriptor = os.pidfd_open(pid)
-        except ProcessLookupError:
-            self._descriptor = -1
+        self._descriptor = _pidfd(outer, pid)
 
     async def wait(self) -> int:
         """Until it is gone; its exit status."""
@@ -114,22 +118,56 @@ class Child:
             self._descriptor = -1
 
 
-class Launcher:
-    """One way to launch VCMs. Made by ``find``, or with ``kind`` bubblewrap, unshare or none."""
+def _pidfd(outer: asyncio.subprocess.Process | Forked, pid: int) -> int:
+    """-1 when it is gone."""
+    if isinstance(outer, Forked):
+        return os.dup(outer.descriptor) if outer.descriptor >= 0 else -1
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return -1
 
-    def __init__(self, kind: str, *, program: str = "bwrap", command: Sequence[str] = VCM_COMMAND) -> None:
+
+class Launcher:
+    """One way to launch VCMs. Made by ``find``, or with ``kind`` bubblewrap, zygote, unshare or none."""
+
+    def __init__(self, kind: str, *, program: str = "bwrap", command: Sequence[str] = ()) -> None:
         self.kind = kind
         self.readable = readable_paths()
-        self._program, self._command = program, tuple(command)
+        self._program, self._command = program, tuple(command) or (ZYGOTE_COMMAND if kind == "zygote" else VCM_COMMAND)
+        self._zygote = ZygoteKeeper(self._command, _ENVIRONMENT)
 
     @classmethod
-    async def find(cls) -> "Launcher":
-        """Bubblewrap if it is there and works for us, else the namespaces that the kernel gives to the process itself."""
+    async def find(cls, wanted: str = "auto") -> "Launcher":
+        """The zygote if it is ``wanted`` and works. Else bubblewrap if it is there and works for us, else the namespaces that the kernel
+        gives to the process itself."""
+        if wanted == "zygote":
+            launcher = cls("zygote")
+            if await launcher.works():
+                return launcher
+            await launcher.close()
         program = shutil.which("bwrap")
         if program is not None and await _works(program):
             return cls("bubblewrap", program=program)
         log.warning("bubblewrap is not there or does not work here: VCMs share the file system's view and the process ids of this host")
         return cls("unshare")
+
+    async def works(self) -> bool:
+        """Whether a child of the zygote gets its namespaces and its root here."""
+        nothing = os.open(os.devnull, os.O_RDWR)
+        try:
+            child = await asyncio.wait_for(self._zygote.fork((nothing, nothing, 2), (), probe=self.readable), PROBE_S)
+            status = await asyncio.wait_for(child.wait(), PROBE_S)
+        except (CipherfleetError, TimeoutError) as exc:
+            log.warning("the zygote does not work here: %s", exc)
+            return False
+        finally:
+            os.close(nothing)
+        return status == 0
+
+    async def close(self) -> None:
+        """End the zygote, if there is one; its children end with it."""
+        await self._zygote.close()
 
     def confinement(self, mode: str, memory_mib: int, files: int, processors: tuple[int, ...], folder: Path) -> Confinement:
         """What the launched process has to do itself. ``folder``: the VCM's own, with the relay's in it."""
@@ -138,7 +176,7 @@ class Launcher:
 
     def relay_path(self, relay: Path) -> str:
         """Where the launched process finds the relay's socket; short enough for a socket's address."""
-        return f"{INSIDE_RELAY if self.kind == 'bubblewrap' else relay.name}/{SOCKET_NAME}"
+        return f"{INSIDE_RELAY if self.kind in ('bubblewrap', 'zygote') else relay.name}/{SOCKET_NAME}"
 
     async def start(
         self,
@@ -151,6 +189,11 @@ class Launcher:
         timeout: float,
     ) -> Child:
         """Launch, and wait until it is ready. Raises what the child reported, ``TimedOut`` or ``Internal``; nothing is left then."""
+        if self.kind == "zygote":
+            try:
+                return await asyncio.wait_for(self._fork(configuration, log_file, descriptors), timeout)
+            except TimeoutError as exc:
+                raise TimedOut(f"a process was not ready within {timeout:.0f} s, see {log_file}") from exc
         if self.kind != "bubblewrap":
             process, info = await start_child(
                 self._command, configuration, log_file=log_file, pass_fds=descriptors, timeout=timeout, environment=_ENVIRONMENT
@@ -171,6 +214,34 @@ class Launcher:
         finally:
             os.close(read_end)
             os.close(write_end)
+
+    async def _fork(self, configuration: object, log_file: Path, descriptors: Sequence[int]) -> Child:
+        """As ``start``, without its limit of time."""
+        loop = asyncio.get_running_loop()
+        stdin, to_child = os.pipe()
+        from_child, stdout = os.pipe()
+        said = asyncio.StreamReader()
+        reading, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(said), os.fdopen(from_child, "rb"))
+        writing, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, os.fdopen(to_child, "wb"))
+        try:
+            try:
+                with log_file.open("ab") as logged:
+                    forked = await self._zygote.fork((stdin, stdout, logged.fileno()), descriptors)
+            finally:
+                os.close(stdin)
+                os.close(stdout)
+            try:
+                namespaces = own_namespaces(forked.pid)  # it has no configuration yet: later it hides them
+                writing.write(codec.encode(configuration))
+                writing.close()
+                return Child(forked, forked.pid, read_report(await said.readline(), log_file), namespaces=namespaces)
+            except BaseException:
+                forked.kill()
+                await forked.wait()
+                raise
+        finally:
+            writing.close()
+            reading.close()
 
 
 def _child_pid(descriptor: int) -> int:

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class MachineConfig(msgspec.Struct, frozen=True):
-    """``address``: host:port. ``credentials`` trust the root. ``launcher``: bubblewrap, unshare or none; empty: the best there is."""
+    """``address``: host:port. ``credentials`` trust the root. ``launcher``: a kind; empty: as the settings say."""
 
     id: MachineId
     state: str
@@ -90,11 +91,12 @@ async def main(configuration: MachineConfig, ready: Callable[[object], None], st
     """A machine's life. Raises ``PortTaken``, ``StateNotWritable`` or ``DiskFull``."""
     protect()
     state = _make_folders(Path(configuration.state))
-    launcher = Launcher(configuration.launcher) if configuration.launcher else await Launcher.find()
+    launcher = Launcher(configuration.launcher) if configuration.launcher else await Launcher.find(configuration.settings.launcher)
     kmc_url = urlsplit(configuration.kmc_url)
     kmc_address = parse_address(kmc_url.netloc)
     name = Identity(Role.KMC, "kmc").dns_name
-    async with Caller(configuration.kmc_url, name, configuration.credentials, KmcUnavailable) as kmc:
+    async with Caller(configuration.kmc_url, name, configuration.credentials, KmcUnavailable) as kmc, AsyncExitStack() as held:
+        held.push_async_callback(launcher.close)
         root, settings = configuration.credentials.trust, configuration.settings
         vcms = Vcms(state / "vcm", Path(configuration.run_folder), kmc, kmc_address, root, launcher, settings)
         vcms.sweep()

@@ -221,7 +221,8 @@ class Vcms:
         """It runs: note who and how, and watch it."""
         instance.child, instance.pid = child, child.pid
         instance.held.push_async_callback(child.end, GRACE_S)
-        instance.isolation = look_outside(child.pid, codec.decode(child.info, Isolation, what="the VCM's isolation"))
+        isolation = codec.decode(child.info, Isolation, what="the VCM's isolation")
+        instance.isolation = look_outside(child.pid, isolation, child.namespaces)
         instance.held.callback(self._run_file(instance.id).unlink, missing_ok=True)
         try:
             register(self._run_folder, "vcm", instance.id, child.pid, instance.consumer)

@@ -30,7 +30,7 @@ class Isolation(Message, frozen=True):
     """The isolation really in force, as seen from the machine and from inside. ``namespaces``: those that differ from the host's."""
 
     mode: str  # process | domain
-    launcher: str  # bubblewrap | unshare | none
+    launcher: str  # bubblewrap | zygote | unshare | none
     namespaces: tuple[str, ...] = ()
     no_new_privileges: bool = False
     seccomp: bool = False

@@ -1,9 +1,11 @@
 """Every setting of a cloud, in one typed place: default, unit and what it does. Stored in ``cloud.json`` of the state."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
+
+LauncherChoice = Literal["auto", "zygote"]
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -21,5 +23,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vcm_cpus: Annotated[int, Meta(ge=1, le=1024, description="virtual CPUs of a VCM (processors it may run on)")] = 1
     vcm_memory_mib: Annotated[int, Meta(ge=128, le=1048576, description="virtual memory of a VCM, MiB")] = 1024
     vcm_files: Annotated[int, Meta(ge=64, le=1048576, description="open files of a VCM")] = 1024
+    launcher: Annotated[
+        LauncherChoice,
+        Meta(description="how VCMs start: auto is bubblewrap, else unshare; zygote forks them, where that works"),
+    ] = "auto"
     argon2_memory_kib: Annotated[int, Meta(ge=8192, description="memory of the PIN's and passphrase's Argon2id, KiB")] = 65536
     argon2_iterations: Annotated[int, Meta(ge=1, description="passes of the PIN's and passphrase's Argon2id")] = 3

@@ -14,6 +14,7 @@ from cipherfleet.app import output
 from cipherfleet.app.options import Json, State, run
 from cipherfleet.app.wiring import Cloud, CloudStatus
 from cipherfleet.contract.errors import CipherfleetError, NotRunning
+from cipherfleet.contract.settings import LauncherChoice
 
 
 class IsolationMode(StrEnum):
@@ -26,6 +27,13 @@ def up(
     machines: Annotated[int | None, typer.Option(min=1, max=250, help="How many cipher machines (default 2).", show_default=False)] = None,
     isolation: Annotated[
         IsolationMode | None, typer.Option(help="process: no root needed (default); domain: real subnets, needs root.", show_default=False)
+    ] = None,
+    launcher: Annotated[
+        LauncherChoice | None,
+        typer.Option(
+            help="How VCMs start: auto (default): bubblewrap, the strongest there is; zygote: forked, faster and smaller.",
+            show_default=False,
+        ),
     ] = None,
     passphrase_file: Annotated[
         Path | None, typer.Option(help="File with the HSM's passphrase (default: one is made inside the state folder).")
@@ -41,7 +49,14 @@ def up(
 
     async def start() -> CloudStatus:
         with output.working("starting", quiet=json) as say:
-            await cloud.up(machines=machines, isolation=isolation, passphrase_file=passphrase_file, passphrase=passphrase, progress=say)
+            await cloud.up(
+                machines=machines,
+                isolation=isolation,
+                launcher=launcher,
+                passphrase_file=passphrase_file,
+                passphrase=passphrase,
+                progress=say,
+            )
         return await cloud.status()
 
     status = run(start())

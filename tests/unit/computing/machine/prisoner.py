@@ -1,6 +1,6 @@
 """What a launched process runs in tests: confined like a VCM, it tries what it must not be able to do, and says how that ended.
 
-Run as ``python -c SOURCE``: it stands for a VCM whose code an attacker has taken over.
+Run as ``python -c SOURCE``, or ``python -c SOURCE zygote`` for a zygote of such: it stands for a VCM whose code an attacker has taken over.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ import msgspec
 
 from cipherfleet.channel.process import run
 from cipherfleet.computing.confinement import Confinement, confine
+from cipherfleet.computing.zygote import serve
 from cipherfleet.contract.machine_api import Isolation
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -197,4 +198,5 @@ async def main(prepared: Prepared, ready: Callable[[object], None], stop: asynci
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, Orders, prepare=prepare))
+    live = partial(run, main, Orders, prepare=prepare)
+    sys.exit(serve(live) if sys.argv[1:] == ["zygote"] else live())

@@ -25,7 +25,7 @@ from tests.unit.computing.machine import prisoner
 from tests.unit.computing.machine.prisoner import Findings, Orders
 
 SOURCE = Path(prisoner.__file__).read_text()
-LAUNCHERS = ("bubblewrap", "unshare", "none")
+LAUNCHERS = ("bubblewrap", "zygote", "unshare", "none")
 ALLOWED = {"relay", "accept", "thread", "read its code", "memfd"}
 MEMORY_MIB, FILES = 512, 64
 
@@ -66,7 +66,7 @@ async def cell(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
         host_socket.bind(b"\0" + abstract.encode())
         host_socket.listen()
         caller = socket.create_connection(listening.getsockname())
-        launcher = Launcher(kind, command=(sys.executable, "-I", "-B", "-c", SOURCE))
+        launcher = Launcher(kind, command=(sys.executable, "-I", "-B", "-c", SOURCE, kind))
         orders = Orders(
             launcher.confinement("process", MEMORY_MIB, FILES, (sorted(os.sched_getaffinity(0))[0],), folder),
             launcher.relay_path(folder / "relay"),
@@ -86,9 +86,10 @@ async def cell(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
         )
         try:
             findings = codec.decode(child.info, Findings)
-            yield Cell(child, findings, look_outside(child.pid, findings.isolation), {listening.fileno()}, state)
+            yield Cell(child, findings, look_outside(child.pid, findings.isolation, child.namespaces), {listening.fileno()}, state)
         finally:
             await child.end(1)
+            await launcher.close()
             caller.close()
             await relay.close()
             server.close()
@@ -100,7 +101,7 @@ async def test_what_a_vcm_must_not_do_it_cannot_do(cell: Cell) -> None:
         {n: attempts[n] for n in ALLOWED},
         (cell.state.parent / "log").read_text(),
     )
-    if cell.isolation.launcher == "bubblewrap":
+    if cell.isolation.launcher in ("bubblewrap", "zygote"):
         assert attempts[f"read {cell.state}"] == attempts["read /etc/shadow"] == "ENOENT"
     assert attempts["memory"] == "MemoryError"
     assert attempts["io_uring_setup"] == "ENOSYS"
@@ -123,6 +124,7 @@ async def test_what_is_reported_is_what_is_in_force(cell: Cell) -> None:
     assert isolation.limits["processors"] == 1
     expected = {
         "bubblewrap": {"ipc", "mnt", "net", "pid", "user", "uts"},
+        "zygote": {"ipc", "mnt", "net", "pid", "user", "uts"},
         "unshare": {"ipc", "mnt", "net", "uts"},
         "none": set(),
     }[kind]
@@ -136,7 +138,7 @@ async def test_it_is_the_first_process_of_its_own_and_knows_nothing_of_ours(cell
     assert not set(cell.findings.environment) - {"LANG", "MALLOC_ARENA_MAX", "PWD", "LC_CTYPE"}
     regular = {fd for fd in cell.findings.descriptors if fd > 2}
     assert cell.inherited <= regular
-    if cell.isolation.launcher == "bubblewrap":
+    if cell.isolation.launcher in ("bubblewrap", "zygote"):
         assert cell.findings.pid == 1
         assert set(cell.findings.folders) <= {"/etc", "/tmp", "/run", "/work", "/root"}
         assert socket.gethostname() != "vcm-test"

@@ -196,7 +196,7 @@ async def test_two_consumers_share_a_machine_and_nothing_else(tmp_path: Path, km
             assert Path(f"/proc/{first.pid}/ns/{kind}").readlink() != Path(f"/proc/{second.pid}/ns/{kind}").readlink()
 
 
-@pytest.mark.parametrize("launcher", ["unshare", "none"])
+@pytest.mark.parametrize("launcher", ["zygote", "unshare", "none"])
 async def test_without_bubblewrap_it_serves_as_well(tmp_path: Path, kmc: FakeKmc, launcher: str) -> None:
     async with machine(tmp_path, kmc, launcher=launcher) as m:
         order = m.order()
