@@ -2,26 +2,27 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 from cipherfleet.app.bench.report import Row, row
+from cipherfleet.app.bench.rig import Say
 from cipherfleet.app.commands.demo import PIN, enrol_on, refused, served, sign_in_on
 from cipherfleet.app.wiring import Cloud
 from cipherfleet.contract.errors import Internal
 from cipherfleet.contract.ids import ConsumerId, VcmId
 from cipherfleet.contract.management_api import PlatformStatus, VcmCreateRequest, VcmDetail
+from cipherfleet.contract.settings import LauncherChoice
 
 DOMAIN_VCMS = 8
 """A security domain holds no more, so many VCMs are of many consumers."""
 COUNTS = (1, 2, 5, 10, 20, 40, 100, 200)
 
-Progress = Callable[[str], object]
+LAUNCHERS: dict[LauncherChoice, str] = {"zygote": "zygote", "auto": "bubblewrap"}
 
 
-async def lifecycle(cloud: Cloud, folder: Path, where: str, runs: int, say: Progress) -> list[Row]:
+async def lifecycle(cloud: Cloud, folder: Path, where: str, runs: int, say: Say) -> list[Row]:
     profile = await sign_in_on(folder, "acme", "bench")
     taken: dict[str, list[float]] = {"create": [], "delete": [], "pull-to-refusal": [], "return-to-service": []}
     async with cloud.management() as management:
@@ -47,12 +48,14 @@ async def lifecycle(cloud: Cloud, folder: Path, where: str, runs: int, say: Prog
         (folder / "pocket").rename(folder / "ukey-acme")
         await served(profile)
         taken["return-to-service"].append(time.perf_counter() - began)
-    return [row(operation, 0, where, seconds) for operation, seconds in taken.items()]
+    return [{**row(operation, 0, where, seconds), "pss_mib": _memory(cloud, 1)} for operation, seconds in taken.items()]
 
 
-async def cost(cloud: Cloud, folder: Path, where: str, most: int, say: Progress) -> list[Row]:
+async def cost(cloud: Cloud, folder: Path, where: str, most: int, say: Say) -> list[Row]:
     """From the one VCM there is to ``most``: how long each more took to serve, and the memory (PSS) of each, by number of VCMs."""
-    rows, taken, count, consumer = [_memory(cloud, where, 1)], [], 1, "acme"
+    rows: list[Row] = []
+    taken: list[float] = []
+    count, consumer = 1, "acme"
     for number in range(2, most + 1):
         say(f"{where}: VCM {number} of {most}")
         if count % DOMAIN_VCMS == 0:
@@ -64,9 +67,8 @@ async def cost(cloud: Cloud, folder: Path, where: str, most: int, say: Progress)
             await _create(cloud, consumer)
             taken.append(time.perf_counter() - began)
         count += 1
-        if count in COUNTS or count == most:
-            rows.append(_memory(cloud, where, count))
-            rows.append({**row("create-one-more", 0, where, taken), "vcms": count})
+        if taken and (count in COUNTS or count == most):
+            rows.append({**row("create-one-more", 0, where, taken), "vcms": count, "pss_mib": _memory(cloud, count)})
             taken = []
     return rows
 
@@ -77,16 +79,16 @@ async def _create(cloud: Cloud, consumer: str) -> VcmId:
         return (await management.call("POST", "/v1/vcms", VcmCreateRequest(ConsumerId(consumer)), reply=VcmDetail)).vcm.id
 
 
-def _memory(cloud: Cloud, where: str, count: int) -> Row:
-    """Proportional set size of a VCM, with its share of a zygote; None where this user may not look."""
+def _memory(cloud: Cloud, count: int) -> float | None:
+    """Proportional set size of a VCM, MiB, with its share of a zygote; None where this user may not look."""
     entries = cloud.processes()
     pids = [p.pid for p in entries if p.role == "vcm"]
     if len(pids) != count:
         raise Internal(f"{len(pids)} VCMs run, not {count}")
     machines = [psutil.Process(p.pid) for p in entries if p.role == "machine"]
-    zygotes = [c.pid for m in machines for c in m.children() if "zygote" in c.cmdline()]
+    zygotes = [child.pid for machine in machines for child in machine.children() if "zygote" in child.cmdline()]
     try:
-        each = sum(psutil.Process(pid).memory_full_info().pss for pid in (*pids, *zygotes)) / count
+        whole = sum(psutil.Process(pid).memory_full_info().pss for pid in (*pids, *zygotes))
     except psutil.AccessDenied:
-        return {"operation": "memory", "size": 0, "vcms": count, "where": where, "pss_mib": None}
-    return {"operation": "memory", "size": 0, "vcms": count, "where": where, "pss_mib": round(each / 2**20, 2)}
+        return None
+    return round(float(whole) / count / 2**20, 2)

@@ -11,11 +11,10 @@ from cipherfleet.app.wiring import Cloud
 from cipherfleet.contract.settings import LauncherChoice
 
 T = TypeVar("T")
+Say = Callable[[str], object]
 
 
-async def on_a_cloud(
-    work: Callable[[Cloud, Path, Callable[[str], object]], Awaitable[T]], *, machines: int = 1, launcher: LauncherChoice | None = None
-) -> T:
+async def on_a_cloud(work: Callable[[Cloud, Path, Say], Awaitable[T]], *, machines: int = 1, launcher: LauncherChoice | None = None) -> T:
     """``work(cloud, folder, say)`` on a cloud whose one consumer is acme, its Ukey ``folder/ukey-acme`` plugged in."""
     with tempfile.TemporaryDirectory(prefix="cipherfleet-bench-") as name:
         folder = Path(name)
