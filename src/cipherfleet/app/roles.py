@@ -54,6 +54,18 @@ def _terminal() -> int:
     return run(main, TerminalConfig, prepare=as_it_is)
 
 
+def _bench_vcm() -> int:
+    from cipherfleet.app.bench.workload import VcmWork, confined, main
+
+    return run(main, VcmWork, prepare=confined)
+
+
+def _bench_host() -> int:
+    from cipherfleet.app.bench.host import HostWork, main
+
+    return run(main, HostWork, prepare=as_it_is)
+
+
 ROLES: dict[str, Callable[[], int]] = {
     "hsm": _hsm,
     "kmc": _kmc,
@@ -62,6 +74,8 @@ ROLES: dict[str, Callable[[], int]] = {
     "card": _card,
     "vcm": _vcm,
     "terminal": _terminal,
+    "bench-vcm": _bench_vcm,
+    "bench-host": _bench_host,
 }
 
 if __name__ == "__main__":

@@ -123,13 +123,13 @@ class Launcher:
         self._program, self._command = program, tuple(command)
 
     @classmethod
-    async def find(cls) -> "Launcher":
+    async def find(cls, command: Sequence[str] = VCM_COMMAND) -> "Launcher":
         """Bubblewrap if it is there and works for us, else the namespaces that the kernel gives to the process itself."""
         program = shutil.which("bwrap")
         if program is not None and await _works(program):
-            return cls("bubblewrap", program=program)
+            return cls("bubblewrap", program=program, command=command)
         log.warning("bubblewrap is not there or does not work here: VCMs share the file system's view and the process ids of this host")
-        return cls("unshare")
+        return cls("unshare", command=command)
 
     def confinement(self, mode: str, memory_mib: int, files: int, processors: tuple[int, ...], folder: Path) -> Confinement:
         """What the launched process has to do itself. ``folder``: the VCM's own, with the relay's in it."""
