@@ -12,7 +12,7 @@ PANELS = (("null", "(a) null"), ("aes-256-gcm", "(b) AES-256-GCM"), ("sha-256", 
 CAPTION = (
     "The paper's Figure 8 comes from 4 hosts with 2 x Xeon E5-2620 v3 and six QAT DH895XCC accelerators each, OpenStack Newton, CentOS 7;\n"
     "its text gives null operations about equal in VCM and host, AES a little slower, hash 20 to 50 % slower.\n"
-    "Here card and VCMs are processes of one host with {processors} processors. Points: medians of {rounds} rounds; bars: least and most.\n"
+    "Here card and VCMs are processes of one host with {processors} processors. Points: medians of {rounds} rounds; bars: quartiles.\n"
     "AES-256-CBC, the paper's cipher, is left out: this card does not offer it."
 )
 _MARKERS = ("o", "s", "^", "D", "v")
@@ -37,7 +37,7 @@ def draw(rows: list[Row], ratios: list[Row], machine: dict[str, Any], folder: Pa
             found = [r for r in ratios if (r["ratio"], r["operation"], r["vcms"]) == ("vcm/host", operation, vcms)]
             _curve(relation, found, "value", _label("vcm", vcms), f"C{places.index(('vcm', vcms))}", _MARKERS[number])
         relation.axhline(1, color="grey", linewidth=1, linestyle="--")
-        relation.set(title=f"{title}: VCM / host", ylabel="ratio of throughput", ylim=(0, None))
+        relation.set(title=f"{title}: VCM / host", ylabel="ratio of throughput", ylim=(0, max(1.1, relation.get_ylim()[1])))
         relation.legend(fontsize="small")
         for axes in (speed, relation):
             _sizes(axes, sorted({r["size"] for r in rows}))

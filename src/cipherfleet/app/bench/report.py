@@ -35,7 +35,7 @@ COLUMNS = {
     "runs": "runs",
     "rounds": "rounds",
     "ops_s": "ops/s",
-    "spread": "least, most",
+    "spread": "quartiles",
     "bytes_s": "MB/s",
     "p50_us": "p50 us",
     "p95_us": "p95 us",
@@ -50,7 +50,7 @@ def report(bench: str, measured: tuple[list[Row], list[Row]], *, as_json: bool, 
         output.document({"bench": bench, "rows": rows, "ratios": ratios, "machine": machine() | (about or {})})
         return
     if ratios:
-        columns = ("what", "operation", "bytes", "VCMs", "ratio", "least, most")
+        columns = ("what", "operation", "bytes", "VCMs", "ratio", "quartiles")
         names = ("ratio", "operation", "size", "vcms", "value", "spread")
         output.table("ratios", columns, [[r.get(n) for n in names] for r in ratios])
     shown = [name for name in COLUMNS if any(name in r for r in rows)]

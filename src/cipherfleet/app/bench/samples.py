@@ -1,4 +1,4 @@
-"""What single measurements come to: medians over rounds, how far they spread, and ratios within rounds."""
+"""What single measurements come to: medians and quartiles over rounds, and ratios within rounds."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -37,6 +37,14 @@ def percentile_us(ordered: Sequence[float], share: float) -> float | None:
     return round(ordered[int(len(ordered) * share)] * 1e6, 2) if ordered else None
 
 
+def quartiles(values: list[float], digits: int) -> list[float]:
+    """The first and the third: between them is the middle half."""
+    if len(values) < 2:
+        return [round(values[0], digits)] * 2
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [round(first, digits), round(third, digits)]
+
+
 def rows(samples: Iterable[Sample]) -> list[Row]:
     """One row for each place, in the order of their first measurements."""
     places: dict[tuple[str, int, int, str], list[Sample]] = {}
@@ -55,7 +63,7 @@ def _row(found: list[Sample]) -> Row:
         "where": first.where,
         "rounds": len(found),
         "ops_s": round(typical, 1),
-        "spread": [round(min(speeds), 1), round(max(speeds), 1)],
+        "spread": quartiles(speeds, 1),
         "bytes_s": round(typical * first.size),
         "p50_us": _median([one.p50_us for one in found]),
         "p99_us": _median([one.p99_us for one in found]),
@@ -84,6 +92,6 @@ def ratio(
             "size": first.size,
             "vcms": first.vcms,
             "value": round(statistics.median(values), 4),
-            "spread": [round(min(values), 4), round(max(values), 4)],
+            "spread": quartiles(values, 4),
         }
     ]
