@@ -185,6 +185,21 @@ def test_without_matplotlib_there_is_no_picture(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
+def test_figure_8_is_written_and_told_also_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def measured(plan: figure8.Plan, *, quiet: bool) -> figure8.Measured:
+        assert (plan, quiet) == (figure8.QUICK, False)
+        return figure8.Measured([of(0, "vcm", 10), of(0, "host", 20)], {"openssl": "not installed, left out"})
+
+    monkeypatch.setattr(figure8, "figure8", measured)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    told = command("bench", "figure8", "--quick", "--out", tmp_path / "out")
+    assert told.status == 0
+    assert "cipherfleet[bench]" in told.stderr
+    for phrase in ("vcm/host", "0.5", "openssl: not installed, left out"):
+        assert phrase in told.stdout
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["figure8.json"]
+
+
 @pytest.mark.parametrize("below", ["", "deeper"])
 def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("")
