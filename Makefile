@@ -42,6 +42,8 @@ test: lint
 bench: setup
 	$(BIN)/cipherfleet bench network
 	$(BIN)/cipherfleet bench lifecycle
+	$(BIN)/cipherfleet bench isolation
+	$(BIN)/cipherfleet bench figure8
 
 docs: setup
 	$(BIN)/python scripts/reference.py

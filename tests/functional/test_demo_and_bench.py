@@ -1,5 +1,7 @@
 """The demo and the benchmarks: they end well, leave nothing behind, and say what scripts rely on."""
 
+import itertools
+import json
 import os
 import sys
 import tempfile
@@ -9,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cipherfleet.app.bench.figure8 import OPERATIONS, SIZES
 from tests.support import command
 
 
@@ -63,3 +66,47 @@ def test_a_benchmark_says_what_scripts_rely_on(only_here: Path, bench: str, oper
         assert {"size", "vcms", "where", "ops_s", "bytes_s", "p50_us", "p99_us"} <= set(row)
         assert row["p50_us"] > 0
     assert bench != "network" or {(r["operation"], r["size"]) for r in told["ratios"]} >= {("encrypt", 1024 * 1024), ("digest", 64)}
+
+
+@pytest.mark.slow
+def test_figure_8_has_every_place_and_its_pictures(only_here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "matplotlib"))
+    told = command("bench", "figure8", "--quick", "--json", "--out", tmp_path / "out").document
+    assert set(told) == {"bench", "rows", "ratios", "machine"}
+    places = {(row["operation"], row["size"], row["where"], row["vcms"]) for row in told["rows"]}
+    expected = set(itertools.product(OPERATIONS, SIZES, ("vcm", "host", "direct"), (1,)))
+    expected |= set(itertools.product(OPERATIONS, SIZES, ("vcm",), (8,)))
+    if told["machine"]["openssl"] != "not installed, left out":
+        expected |= set(itertools.product(("aes-256-gcm", "sha-256"), SIZES, ("openssl",), (1,)))
+    assert places == expected
+    for row in told["rows"]:
+        assert row["spread"][0] <= row["ops_s"] <= row["spread"][1]
+        assert row["where"] == "openssl" or row["p50_us"] >= 0
+    related = {(r["ratio"], r["operation"], r["size"], r["vcms"]) for r in told["ratios"]}
+    assert related >= set(itertools.product(("vcm/host", "vcm/direct"), OPERATIONS, (16, 64 * 1024), (1, 8)))
+    raw = json.loads((tmp_path / "out" / "figure8.json").read_bytes())
+    assert (raw["rows"], raw["ratios"]) == (told["rows"], told["ratios"])
+    assert len(raw["measurements"]) > len(raw["rows"])
+    assert (tmp_path / "out" / "figure8.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert (tmp_path / "out" / "figure8.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_isolation_says_what_a_flood_costs_and_how_equals_share(only_here: Path) -> None:
+    told = command("bench", "isolation", "--quick", "--json").document
+    assert {(row["operation"], row["where"]) for row in told["rows"]} == {
+        ("quiet", "alone"),
+        ("quiet", "alone again"),
+        ("quiet", "beside a flood"),
+        ("flood", "beside a flood"),
+        ("first", "beside its equal"),
+        ("second", "beside its equal"),
+    }
+    value = {r["ratio"]: r["value"] for r in told["ratios"]}
+    assert set(value) == {
+        "p50 beside a flood/alone",
+        "p99 beside a flood/alone",
+        "p50 alone again/alone",
+        "p99 alone again/alone",
+        "share of equals",
+    }
+    assert 0.5 < value["share of equals"] < 2

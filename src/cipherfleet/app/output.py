@@ -10,7 +10,16 @@ from typing import Any
 import msgspec
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from cipherfleet.contract.errors import CipherfleetError
@@ -92,3 +101,15 @@ def transfer(text: str, total: int | None, *, quiet: bool) -> Iterator[Callable[
     with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task(text, total=total)
         yield lambda done, _total: bar.update(task, completed=done)
+
+
+@contextmanager
+def steps(text: str, total: int, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A progress bar over steps; ``step(what)`` says which one begins."""
+    if quiet or not errors.is_terminal:
+        yield lambda _what: None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda what: bar.update(task, advance=1, description=f"{text}: {what}")

@@ -69,6 +69,18 @@ def _terminal() -> int:
     return run(main, TerminalConfig, prepare=as_it_is)
 
 
+def _bench_vcm() -> int:
+    from cipherfleet.app.bench.workload import VcmWork, confined, main
+
+    return run(main, VcmWork, prepare=confined)
+
+
+def _bench_engine() -> int:
+    from cipherfleet.app.bench.bare_engine import EngineWork, main
+
+    return run(main, EngineWork, prepare=as_it_is)
+
+
 ROLES: dict[str, Callable[[], int]] = {
     "hsm": _hsm,
     "kmc": _kmc,
@@ -78,6 +90,8 @@ ROLES: dict[str, Callable[[], int]] = {
     "vcm": _vcm,
     "zygote": _zygote,
     "terminal": _terminal,
+    "bench-vcm": _bench_vcm,
+    "bench-engine": _bench_engine,
 }
 
 if __name__ == "__main__":

@@ -30,7 +30,13 @@ PROBE_S = 10.0
 REAP_S = 2.0
 _TEMPORARY_BYTES = 1024 * 1024
 _SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/etc/ssl/openssl.cnf")
-_ENVIRONMENT = {"LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "2"}  # an arena for each thread would eat up the address space
+ENVIRONMENT = {
+    "LANG": "C.UTF-8",
+    "MALLOC_ARENA_MAX": "2",  # an arena for each thread would eat up the address space
+    # A large answer's memory is used again for the next one: fresh pages for every one would cost more than the cryptography.
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 1024 * 1024),
+    "MALLOC_TRIM_THRESHOLD_": str(8 * 1024 * 1024),
+}
 
 VCM_COMMAND = (sys.executable, "-I", "-B", "-m", "cipherfleet.app.roles", "vcm")
 ZYGOTE_COMMAND = (*VCM_COMMAND[:-1], "zygote")
@@ -135,10 +141,10 @@ class Launcher:
         self.kind = kind
         self.readable = readable_paths()
         self._program, self._command = program, tuple(command) or (ZYGOTE_COMMAND if kind == "zygote" else VCM_COMMAND)
-        self._zygote = ZygoteKeeper(self._command, _ENVIRONMENT)
+        self._zygote = ZygoteKeeper(self._command, ENVIRONMENT)
 
     @classmethod
-    async def find(cls, wanted: str = "auto") -> "Launcher":
+    async def find(cls, wanted: str = "auto", command: Sequence[str] = ()) -> "Launcher":
         """The zygote if it is ``wanted`` and works. Else bubblewrap if it is there and works for us, else the namespaces that the kernel
         gives to the process itself."""
         if wanted == "zygote":
@@ -148,9 +154,9 @@ class Launcher:
             await launcher.close()
         program = shutil.which("bwrap")
         if program is not None and await _works(program):
-            return cls("bubblewrap", program=program)
+            return cls("bubblewrap", program=program, command=command)
         log.warning("bubblewrap is not there or does not work here: VCMs share the file system's view and the process ids of this host")
-        return cls("unshare")
+        return cls("unshare", command=command)
 
     async def works(self) -> bool:
         """Whether a child of the zygote gets its namespaces and its root here."""
@@ -196,14 +202,14 @@ class Launcher:
                 raise TimedOut(f"a process was not ready within {timeout:.0f} s, see {log_file}") from exc
         if self.kind != "bubblewrap":
             process, info = await start_child(
-                self._command, configuration, log_file=log_file, pass_fds=descriptors, timeout=timeout, environment=_ENVIRONMENT
+                self._command, configuration, log_file=log_file, pass_fds=descriptors, timeout=timeout, environment=ENVIRONMENT
             )
             return Child(process, process.pid, info)
         read_end, write_end = os.pipe()
         try:
             command = bubblewrap_command(self._program, self.readable, relay, self._command, hostname=hostname, status_fd=write_end)
             process, info = await start_child(
-                command, configuration, log_file=log_file, pass_fds=(*descriptors, write_end), timeout=timeout, environment=_ENVIRONMENT
+                command, configuration, log_file=log_file, pass_fds=(*descriptors, write_end), timeout=timeout, environment=ENVIRONMENT
             )
             try:
                 return Child(process, _child_pid(read_end), info)
@@ -257,7 +263,7 @@ def _child_pid(descriptor: int) -> int:
 async def _works(program: str) -> bool:
     command = bubblewrap_command(program, readable_paths(), None, (sys.executable, "-I", "-c", "import ssl, ctypes"))
     probe = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, env=_ENVIRONMENT
+        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, env=ENVIRONMENT
     )
     try:
         _, said = await asyncio.wait_for(probe.communicate(), PROBE_S)

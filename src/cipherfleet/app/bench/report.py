@@ -27,16 +27,41 @@ def row(operation: str, size: int, where: str, seconds: list[float]) -> Row:
     }
 
 
-def report(bench: str, measured: tuple[list[Row], list[Row]], *, as_json: bool) -> None:
+COLUMNS = {
+    "operation": "operation",
+    "size": "bytes",
+    "vcms": "VCMs",
+    "where": "where",
+    "runs": "runs",
+    "rounds": "rounds",
+    "ops_s": "ops/s",
+    "spread": "quartiles",
+    "bytes_s": "MB/s",
+    "p50_us": "p50 us",
+    "p95_us": "p95 us",
+    "p99_us": "p99 us",
+}
+
+
+def report(bench: str, measured: tuple[list[Row], list[Row]], *, as_json: bool, about: dict[str, Any] | None = None) -> None:
+    """``about``: what else is to be known of the machine."""
     rows, ratios = measured
-    machine = {"processors": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
     if as_json:
-        output.document({"bench": bench, "rows": rows, "ratios": ratios, "machine": machine})
+        output.document({"bench": bench, "rows": rows, "ratios": ratios, "machine": machine() | (about or {})})
         return
     if ratios:
-        output.table(
-            "ratios", ("what", "operation", "bytes", "ratio"), [(r["ratio"], r["operation"], r["size"], r["value"]) for r in ratios]
-        )
-    columns = ("operation", "bytes", "where", "runs", "ops/s", "MB/s", "p50 us", "p95 us", "p99 us")
-    names = ("operation", "size", "where", "runs", "ops_s", "bytes_s", "p50_us", "p95_us", "p99_us")
-    output.table(bench, columns, [[round(r[n] / 1e6, 1) if n == "bytes_s" else r[n] for n in names] for r in rows])
+        columns = ("what", "operation", "bytes", "VCMs", "ratio", "quartiles")
+        names = ("ratio", "operation", "size", "vcms", "value", "spread")
+        output.table("ratios", columns, [[r.get(n) for n in names] for r in ratios])
+    shown = [name for name in COLUMNS if any(name in r for r in rows)]
+    output.table(bench, [COLUMNS[n] for n in shown], [[_figure(n, r.get(n)) for n in shown] for r in rows])
+    for name, value in (about or {}).items():
+        output.screen.print(f"{name}: {value}")
+
+
+def machine() -> dict[str, Any]:
+    return {"processors": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
+
+
+def _figure(name: str, value: Any) -> Any:
+    return round(value / 1e6, 1) if name == "bytes_s" else value
