@@ -75,6 +75,12 @@ def _bench_vcm() -> int:
     return run(main, VcmWork, prepare=confined)
 
 
+def _bench_limit() -> int:
+    from cipherfleet.app.bench.limits import LimitWork, main
+
+    return run(main, LimitWork, prepare=as_it_is)
+
+
 def _bench_engine() -> int:
     from cipherfleet.app.bench.bare_engine import EngineWork, main
 
@@ -91,6 +97,7 @@ ROLES: dict[str, Callable[[], int]] = {
     "zygote": _zygote,
     "terminal": _terminal,
     "bench-vcm": _bench_vcm,
+    "bench-limit": _bench_limit,
     "bench-engine": _bench_engine,
 }
 

@@ -31,6 +31,7 @@ COLUMNS = {
     "operation": "operation",
     "size": "bytes",
     "vcms": "VCMs",
+    "connections": "connections",
     "where": "where",
     "runs": "runs",
     "rounds": "rounds",
@@ -40,6 +41,7 @@ COLUMNS = {
     "p50_us": "p50 us",
     "p95_us": "p95 us",
     "p99_us": "p99 us",
+    "pss_mib": "PSS MiB",
 }
 
 
@@ -50,9 +52,10 @@ def report(bench: str, measured: tuple[list[Row], list[Row]], *, as_json: bool, 
         output.document({"bench": bench, "rows": rows, "ratios": ratios, "machine": machine() | (about or {})})
         return
     if ratios:
-        columns = ("what", "operation", "bytes", "VCMs", "ratio", "quartiles")
-        names = ("ratio", "operation", "size", "vcms", "value", "spread")
-        output.table("ratios", columns, [[r.get(n) for n in names] for r in ratios])
+        columns = ("what", "operation", "bytes", "VCMs", "connections", "ratio", "quartiles")
+        names = ("ratio", "operation", "size", "vcms", "connections", "value", "spread")
+        kept = [number for number, name in enumerate(names) if any(name in r for r in ratios)]
+        output.table("ratios", [columns[n] for n in kept], [[r.get(names[n]) for n in kept] for r in ratios])
     shown = [name for name in COLUMNS if any(name in r for r in rows)]
     output.table(bench, [COLUMNS[n] for n in shown], [[_figure(n, r.get(n)) for n in shown] for r in rows])
     for name, value in (about or {}).items():

@@ -8,10 +8,10 @@ import typer
 from cipherfleet.app import output
 from cipherfleet.app.bench import figure8 as figure
 from cipherfleet.app.bench import isolation as beside
+from cipherfleet.app.bench import network as over
 from cipherfleet.app.bench import picture, samples
 from cipherfleet.app.bench.lifecycle import LAUNCHERS, cost
 from cipherfleet.app.bench.lifecycle import lifecycle as measure_lifecycle
-from cipherfleet.app.bench.network import network as measure_network
 from cipherfleet.app.bench.report import Row, machine, report
 from cipherfleet.app.bench.rig import Say, on_a_cloud
 from cipherfleet.app.options import Json, run
@@ -28,8 +28,10 @@ Quick = Annotated[bool, typer.Option("--quick", help="Less of everything; under 
 
 @app.command()
 def network(quick: Quick = False, json: Json = False) -> None:
-    """A client over mutual TLS against the same job done by a direct library call, interleaved in one run."""
-    report("network", run(on_a_cloud(lambda _cloud, folder, _say: measure_network(folder, rounds=3 if quick else 9))), as_json=json)
+    """A client over mutual TLS against a VCM, by operation, size and connections; beside it, in the same run, a null handler on the same server
+    stack, a bare TLS echo on blocking sockets, and the same job as a library call."""
+    plan = over.QUICK if quick else over.FULL
+    report("network", run(on_a_cloud(lambda _cloud, folder, say: over.network(folder, plan, say))), as_json=json)
 
 
 @app.command()
