@@ -164,7 +164,8 @@ def _job(client: Client, keys: dict[str, str], operation: str, size: int) -> Job
 
 def _bytes(operation: str, size: int) -> tuple[int, int]:
     """What goes there and what comes back."""
-    return {"encrypt": (size, sealed_length(size)), "sign": (size, SIGNATURE_BYTES), "digest": (size, DIGEST_BYTES)}.get(
+    answers = {"encrypt": sealed_length(size), "sign": SIGNATURE_BYTES, "digest": DIGEST_BYTES}
+    return (size, answers[operation]) if operation in answers else (0, size)
         operation, (0, size)
     )
 
