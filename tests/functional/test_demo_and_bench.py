@@ -96,7 +96,7 @@ def test_figure_8_has_every_place_and_its_pictures(only_here: Path, tmp_path: Pa
     told = command("bench", "figure8", "--quick", "--json", "--out", tmp_path / "out").document
     assert set(told) == {"bench", "rows", "ratios", "machine"}
     places = {(row["operation"], row["size"], row["where"], row["vcms"]) for row in told["rows"]}
-    expected = set(itertools.product(OPERATIONS, SIZES, ("vcm", "host", "direct"), (1,)))
+    expected = set(itertools.product(OPERATIONS, SIZES, ("vcm", "host", "engine", "direct"), (1,)))
     expected |= set(itertools.product(OPERATIONS, SIZES, ("vcm",), (8,)))
     if told["machine"]["openssl"] != "not installed, left out":
         expected |= set(itertools.product(("aes-256-gcm", "sha-256"), SIZES, ("openssl",), (1,)))
@@ -122,6 +122,8 @@ def test_isolation_says_what_a_flood_costs_and_how_equals_share(only_here: Path)
         ("flood", "beside a flood"),
         ("first", "beside its equal"),
         ("second", "beside its equal"),
+        ("first", "beside weight 3"),
+        ("second", "beside weight 3"),
     }
     value = {r["ratio"]: r["value"] for r in told["ratios"]}
     assert set(value) == {
@@ -130,5 +132,7 @@ def test_isolation_says_what_a_flood_costs_and_how_equals_share(only_here: Path)
         "p50 alone again/alone",
         "p99 alone again/alone",
         "share of equals",
+        "share of weight 3",
     }
     assert 0.5 < value["share of equals"] < 2
+    assert 1.5 < value["share of weight 3"] < 6

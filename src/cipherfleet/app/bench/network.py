@@ -166,8 +166,6 @@ def _bytes(operation: str, size: int) -> tuple[int, int]:
     """What goes there and what comes back."""
     answers = {"encrypt": sealed_length(size), "sign": SIGNATURE_BYTES, "digest": DIGEST_BYTES}
     return (size, answers[operation]) if operation in answers else (0, size)
-        operation, (0, size)
-    )
 
 
 def _echo(places: _Places, operation: str, size: int, connections: int, slice_s: float) -> list[float]:

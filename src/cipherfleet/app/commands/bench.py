@@ -30,7 +30,7 @@ Quick = Annotated[bool, typer.Option("--quick", help="Less of everything; under 
 def network(quick: Quick = False, json: Json = False) -> None:
     """A client over mutual TLS against a VCM, by operation, size and connections.
 
-    Beside it, in the same run: a null handler on the same server stack, a bare TLS echo on blocking sockets, the same job as a library call.
+    Beside it, in the same run: a null handler on the same server stack, a bare TLS echo on blocking sockets, and the library alone.
     """
     plan = over.QUICK if quick else over.FULL
     report("network", run(on_a_cloud(lambda _cloud, folder, say: over.network(folder, plan, say))), as_json=json)
