@@ -73,6 +73,7 @@ class Attach(ToCard, frozen=True):
 
     vcm: VcmId
     consumer: ConsumerId
+    limits: VccLimits = VccLimits()
 
 
 class Detach(ToCard, frozen=True):

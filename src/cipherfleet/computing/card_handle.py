@@ -26,7 +26,7 @@ from cipherfleet.contract.errors import CardUnavailable, CipherfleetError, Timed
 from cipherfleet.contract.ids import ConsumerId, MachineId, VcmId
 from cipherfleet.contract.kmc_api import CardReply
 from cipherfleet.contract.settings import Settings
-from cipherfleet.contract.vcc import VccLimits
+from cipherfleet.contract.vcc import NO_LIMITS, VccLimits
 
 ANSWER_S = 10.0
 GRACE_S = 2.0
@@ -79,11 +79,11 @@ class CardHandle:
         """Give the card its certificate and the key that countersigns leases. Raises ``CertificateInvalid`` or ``Exists``."""
         await self._ask(Certify(self._next(), reply))
 
-    async def attach(self, vcm: VcmId, consumer: ConsumerId) -> socket.socket:
+    async def attach(self, vcm: VcmId, consumer: ConsumerId, limits: VccLimits = NO_LIMITS) -> socket.socket:
         """A new vCC; the VCM's end of it, to be inherited by the VCM and closed here. Raises ``Exists``."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            await self._ask(Attach(self._next(), vcm, consumer), (theirs.fileno(),))
+            await self._ask(Attach(self._next(), vcm, consumer, limits), (theirs.fileno(),))
         except BaseException:
             ours.close()
             raise

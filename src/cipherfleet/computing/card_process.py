@@ -95,7 +95,7 @@ async def _serve(request: CardRequests, channel: ControlChannel, server: CardSer
             server.card.certify(request.reply)
         case Attach():
             sock = channel.take_socket()
-            await server.attach(request.vcm, request.consumer, sock)
+            await server.attach(request.vcm, request.consumer, sock, request.limits)
         case Detach():
             server.detach(request.vcm)
         case Limit():

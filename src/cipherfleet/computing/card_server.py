@@ -25,7 +25,7 @@ from cipherfleet.computing.card_rates import Rate, Statistics
 from cipherfleet.computing.vcc_device import Device
 from cipherfleet.contract.errors import CipherfleetError, Internal, Malformed, VcmUnknown
 from cipherfleet.contract.ids import ConsumerId, VcmId
-from cipherfleet.contract.vcc import Descriptor, Operation, VccLimits, VccStatistics
+from cipherfleet.contract.vcc import NO_LIMITS, Descriptor, Operation, VccLimits, VccStatistics
 
 log = logging.getLogger(__name__)
 
@@ -68,15 +68,15 @@ class CardServer:
         self._scheduled = False
         self._lasting = ThreadPoolExecutor(1, "key-generation")
 
-    async def attach(self, vcm: VcmId, consumer: ConsumerId, sock: socket.socket) -> None:
-        """Serve a new vCC, its parts given over ``sock``, until it is detached or the other end is closed. Raises ``Exists``."""
+    async def attach(self, vcm: VcmId, consumer: ConsumerId, sock: socket.socket, limits: VccLimits = NO_LIMITS) -> None:
+        """Serve a new vCC within ``limits``, its parts given over ``sock``, until it is detached or its socket ends. Raises ``Exists``."""
         try:
             function = self.card.attach(vcm, consumer)
         except BaseException:
             sock.close()
             raise
         try:
-            self._vccs[vcm] = _Vcc(self, function, sock)
+            self._vccs[vcm] = _Vcc(self, function, sock, limits)
         except BaseException:
             self.card.detach(function)
             sock.close()
@@ -185,7 +185,7 @@ class _Job:
 class _Vcc:
     """One vCC. It ends with its socket."""
 
-    def __init__(self, server: CardServer, function: VirtualFunction, sock: socket.socket) -> None:
+    def __init__(self, server: CardServer, function: VirtualFunction, sock: socket.socket, limits: VccLimits) -> None:
         self.function = function
         self.statistics = Statistics()
         self._server, self._socket = server, sock
@@ -199,7 +199,7 @@ class _Vcc:
         self._alone = self._ended = self._answered = False
         self._timer: asyncio.TimerHandle | None = None
         self._again: asyncio.TimerHandle | None = None
-        self.limit(VccLimits())
+        self.limit(limits)
         descriptor = vcc_memory.create()
         bells: list[int] = []
         try:

@@ -162,7 +162,7 @@ class Vcms:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             boot = await BootChannel.open(ours)
             held.callback(boot.close)
-            with theirs, await card.attach(instance.id, instance.consumer) as vcc:
+            with theirs, await card.attach(instance.id, instance.consumer, order.limits) as vcc:
                 configuration = VcmConfig(
                     id=instance.id,
                     consumer=instance.consumer,

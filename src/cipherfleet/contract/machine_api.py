@@ -54,6 +54,7 @@ class BuildOrder(Message, frozen=True):
     isolation: str  # process | domain
     size: VcmSize
     network_namespace: str = ""  # domain isolation: the namespace (a name of `ip netns`) of this VCM's port
+    limits: VccLimits = VccLimits()
 
 
 class VcmReport(Message, frozen=True):

@@ -157,6 +157,9 @@ class VccLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight: Annotated[float, Meta(ge=0.1, le=100, description="share of the card beside others that wait")] = 1.0
 
 
+NO_LIMITS = VccLimits()
+
+
 class VccStatistics(msgspec.Struct, frozen=True):
     """Histograms: entry *n* counts requests that took less than 2**n microseconds, and half of that or more."""
 

@@ -33,16 +33,17 @@ class Creation:
         *,
         wished: MachineId | None = None,
         avoid: MachineId | None = None,
+        like: VcmId | None = None,
     ) -> None:
         self._modules, self._consumer, self._interrupt = modules, consumer, interrupt
-        self._wished, self._avoid = wished, avoid
+        self._wished, self._avoid, self._like = wished, avoid, like
         self.vcm: VcmId = new_vcm_id()
 
     async def run(self) -> VcmRecord:
         """The serving VCM. Raises why there is none; then only its history is left (or ``DELETING``, which the ring ends)."""
         modules = self._modules
         domain = await modules.store.domain(self._consumer)
-        await modules.store.add_vcm(self.vcm, self._consumer)
+        await modules.store.add_vcm(self.vcm, self._consumer, like=self._like)
         driver = StepDriver(modules.store, self.vcm, Process.CREATE, modules.settings.step_s, self._interrupt)
         try:
             channel = await self._steps(driver, domain)
@@ -124,6 +125,7 @@ class Creation:
             isolation=modules.network.isolation,
             size=VcmSize(settings.vcm_cpus, settings.vcm_memory_mib, settings.vcm_files),
             network_namespace=namespace,
+            limits=record.limits,
         )
         report = await modules.images.build(record.machine, self.vcm, order)
         await modules.store.change_vcm(self.vcm, state=VcmState.PREPARING, isolation=report.isolation)

@@ -7,6 +7,7 @@ import msgspec
 from cipherfleet.contract.ids import ConsumerId, MachineId, TokenId, VcmId
 from cipherfleet.contract.lifecycle import Actor
 from cipherfleet.contract.machine_api import Isolation, VcmState
+from cipherfleet.contract.vcc import VccLimits
 
 FIRST_SLOT, LAST_SLOT = 10, 17
 LAST_DOMAIN = 250
@@ -57,6 +58,7 @@ class VcmRecord(msgspec.Struct, frozen=True):
     cause: Cause | None = None
     isolation: Isolation | None = None
     error: str = ""
+    limits: VccLimits = VccLimits()  # as last set; a VCM begins with its predecessor's
 
     @property
     def alive(self) -> bool:

@@ -104,28 +104,29 @@ class Lifecycle:
                 old = await self._modules.store.vcm(vcm)
                 if old.state is not VcmState.SERVING:
                     raise StateConflict(f"{vcm} is {old.state}, only a serving VCM can migrate")
-                new = await self._create(consumer, running, wished=wished, avoid=old.machine)
-                await self._hand_on_limits(old, new)
+                new = await self._create(consumer, running, wished=wished, avoid=old.machine, like=vcm)
                 running.vcm = vcm
                 await self._delete(vcm, Cause.CONSUMER, running)
                 return new
 
         return await self._own(work())
 
-    async def limit(self, vcm: VcmId, limits: VccLimits) -> None:
-        """Hold a VCM's vCC to ``limits`` as long as the VCM lives, and its successor by migration. Raises ``StateConflict``."""
-        record = await self._modules.store.vcm(vcm)
-        if record.machine is None or record.state is not VcmState.SERVING:
-            raise StateConflict(f"{vcm} is {record.state}, only a serving VCM has a vCC to limit")
-        await self._modules.images.limit(record.machine, vcm, limits)
-        log.info("audit: the operator holds %s of %s to %s", vcm, record.consumer, limits)
-        await self._modules.monitor.look(record.machine)
+    async def limit(self, vcm: VcmId, limits: VccLimits) -> VcmRecord:
+        """Hold a VCM's vCC, and those of the VCMs that come after it, to ``limits``. Raises ``StateConflict``."""
+        consumer = (await self._modules.store.vcm(vcm)).consumer
 
-    async def _hand_on_limits(self, old: VcmRecord, new: VcmRecord) -> None:
-        if old.machine is not None and new.machine is not None and await self._modules.monitor.look(old.machine):
-            report = self._modules.monitor.vcm(old.id)
-            if report is not None and report.limits != VccLimits():
-                await self._modules.images.limit(new.machine, new.id, report.limits)
+        async def work() -> VcmRecord:
+            async with self._exclusive(consumer):
+                record = await self._modules.store.vcm(vcm)
+                if record.machine is None or record.state is not VcmState.SERVING:
+                    raise StateConflict(f"{vcm} is {record.state}, only a serving VCM has a vCC to limit")
+                await self._modules.images.limit(record.machine, vcm, limits)
+                await self._modules.store.set_limits(vcm, limits)
+                log.info("audit: the operator holds %s of %s to %s", vcm, consumer, limits)
+                await self._modules.monitor.look(record.machine)
+                return record
+
+        return await self._own(work())
 
     # -- what the ring decides -----------------------------------------------------------------------------------------
 
@@ -198,9 +199,15 @@ class Lifecycle:
             running.interrupt.set_result(error)
 
     async def _create(
-        self, consumer: ConsumerId, running: _Running, *, wished: MachineId | None = None, avoid: MachineId | None = None
+        self,
+        consumer: ConsumerId,
+        running: _Running,
+        *,
+        wished: MachineId | None = None,
+        avoid: MachineId | None = None,
+        like: VcmId | None = None,
     ) -> VcmRecord:
-        creation = Creation(self._modules, consumer, running.interrupt, wished=wished, avoid=avoid)
+        creation = Creation(self._modules, consumer, running.interrupt, wished=wished, avoid=avoid, like=like)
         running.vcm = creation.vcm
         try:
             record = await creation.run()

@@ -3,6 +3,7 @@
 from cipherfleet.contract.ids import ConsumerId, VcmId
 from cipherfleet.contract.machine_api import VcmReport, VcmState
 from cipherfleet.contract.management_api import ConsumerStatus, DomainInfo, PlatformStatus, VcmDetail, VcmEntry, VcmList
+from cipherfleet.contract.vcc import VccStatistics
 from cipherfleet.management.inventory import DomainRecord, VcmRecord
 from cipherfleet.management.modules import Modules
 from cipherfleet.management.ring import Ring
@@ -41,9 +42,7 @@ class Overview:
         report = modules.monitor.vcm(vcm)
         isolation = (report.isolation if report is not None else None) or record.isolation
         entry, trace = self._entry(record, domains.get(record.consumer), report), await modules.store.trace(vcm)
-        if report is None:
-            return VcmDetail(entry, isolation, trace)
-        return VcmDetail(entry, isolation, trace, report.limits, report.statistics)
+        return VcmDetail(entry, isolation, trace, record.limits, VccStatistics() if report is None else report.statistics)
 
     async def domain(self, consumer: ConsumerId) -> DomainInfo:
         """Raises ``ConsumerUnknown``."""

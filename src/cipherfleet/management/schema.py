@@ -28,6 +28,7 @@ domains = Table(
     Column("index", Integer, nullable=False),
     Column("wanted", Boolean, nullable=False),
     Column("removed", Boolean, nullable=False),
+    Column("limits", Text, nullable=True),
     UniqueConstraint("index"),
 )
 
@@ -46,6 +47,7 @@ vcms = Table(
     Column("cause", String(16), nullable=True),
     Column("isolation", Text, nullable=True),
     Column("error", Text, nullable=False),
+    Column("limits", Text, nullable=True),
     Index("ix_vcms_consumer", "consumer"),
     Index("ix_vcms_state", "state"),
 )

@@ -11,6 +11,7 @@ from cipherfleet.contract.errors import ConsumerUnknown, LimitReached, StateConf
 from cipherfleet.contract.ids import ConsumerId, MachineId, TokenId, VcmId
 from cipherfleet.contract.lifecycle import Process, TraceEntry
 from cipherfleet.contract.machine_api import Isolation, VcmState
+from cipherfleet.contract.vcc import VccLimits
 from cipherfleet.management.inventory import FIRST_SLOT, LAST_DOMAIN, LAST_SLOT, DomainRecord, MachineRecord, VcmRecord
 from cipherfleet.management.schema import FILE, MIGRATIONS, domains, machines, ports, tokens, trace, vcms
 from cipherfleet.state.database import Database
@@ -97,11 +98,33 @@ class Store:
 
     # -- VCMs ----------------------------------------------------------------------------------------------------------
 
-    async def add_vcm(self, vcm: VcmId, consumer: ConsumerId) -> VcmRecord:
-        now = time.time()
-        record = VcmRecord(vcm, consumer, VcmState.BUILDING, now, now)
-        await self._database.write(lambda c: c.execute(insert(vcms).values(**_columns(record))))
-        return record
+    async def add_vcm(self, vcm: VcmId, consumer: ConsumerId, *, like: VcmId | None = None) -> VcmRecord:
+        """A VCM to be built, with the limits of ``like``, or else those last set for any VCM of its consumer."""
+        source = select(domains.c.limits).where(domains.c.consumer == consumer)
+        if like is not None:
+            source = select(vcms.c.limits).where(vcms.c.id == like)
+
+        def work(connection: Connection) -> VcmRecord:
+            now = time.time()
+            limits = _limits(connection.execute(source).scalar_one_or_none())
+            record = VcmRecord(vcm, consumer, VcmState.BUILDING, now, now, limits=limits)
+            connection.execute(insert(vcms).values(**_columns(record)))
+            return record
+
+        return await self._database.write(work)
+
+    async def set_limits(self, vcm: VcmId, limits: VccLimits) -> None:
+        """A VCM's limits, and what its consumer's next one begins with. Raises ``VcmUnknown``."""
+
+        def work(connection: Connection) -> None:
+            consumer = connection.execute(select(vcms.c.consumer).where(vcms.c.id == vcm)).scalar_one_or_none()
+            if consumer is None:
+                raise VcmUnknown(f"there is no VCM {vcm}")
+            text = msgspec.json.encode(limits).decode()
+            connection.execute(update(vcms).where(vcms.c.id == vcm).values(limits=text))
+            connection.execute(update(domains).where(domains.c.consumer == consumer).values(limits=text))
+
+        await self._database.write(work)
 
     async def vcm(self, vcm: VcmId) -> VcmRecord:
         """Raises ``VcmUnknown``."""
@@ -193,7 +216,12 @@ class Store:
 def _columns(record: VcmRecord) -> dict[str, Any]:
     columns = msgspec.structs.asdict(record)
     columns["isolation"] = None if record.isolation is None else msgspec.json.encode(record.isolation).decode()
+    columns["limits"] = msgspec.json.encode(record.limits).decode()
     return columns
+
+
+def _limits(text: str | None) -> VccLimits:
+    return VccLimits() if text is None else msgspec.json.decode(text, type=VccLimits)
 
 
 def _fields(row: Row[Any]) -> dict[str, Any]:
@@ -205,4 +233,5 @@ def _record(row: Row[Any]) -> VcmRecord:
     columns = _fields(row)
     if columns["isolation"] is not None:
         columns["isolation"] = msgspec.json.decode(columns["isolation"], type=Isolation)
+    columns["limits"] = _limits(columns["limits"])
     return msgspec.convert(columns, VcmRecord)

@@ -45,6 +45,7 @@ from cipherfleet.contract.management_api import (
 )
 from cipherfleet.contract.messages import Done
 from cipherfleet.contract.statements import IdentityRequest, Purpose, Signed
+from cipherfleet.contract.vcc import VccLimits
 from tests.pki import Authority
 
 Fault = Callable[[], Awaitable[None]]
@@ -198,12 +199,18 @@ class FakeMachine(Peer):
         self.capacity = capacity
         self.vcms: dict[VcmId, VcmReport] = {}
         self.orders: dict[VcmId, BuildOrder] = {}
+        self.limits: dict[VcmId, VccLimits] = {}
         self.card = True
 
     def routes(self, server: Server) -> None:
         self.serve(server, "GET", "/v1/status", "status", self._status)
         self.serve(server, "PUT", "/v1/vcms/{vcm}", "build", self._build)
         self.serve(server, "DELETE", "/v1/vcms/{vcm}", "delete", self._delete)
+        self.serve(server, "PUT", "/v1/vcms/{vcm}/limits", "limit", self._limit)
+
+    async def _limit(self, call: Call) -> Done:
+        self.limits[call.path("vcm", VcmId)] = await call.body(VccLimits)
+        return Done()
 
     async def _status(self, call: Call) -> MachineReport:
         card = CardReport(CardId(f"card-{self.id}-00000000"), os.getpid(), len(self.vcms), 0, 0, True) if self.card else None
@@ -211,7 +218,7 @@ class FakeMachine(Peer):
 
     async def _build(self, call: Call) -> VcmReport:
         order, vcm = await call.body(BuildOrder), call.path("vcm", VcmId)
-        self.orders[vcm] = order
+        self.orders[vcm], self.limits[vcm] = order, order.limits
         self.vcms[vcm] = VcmReport(vcm, order.consumer, VcmState.PREPARING, 4242, Isolation("process", "none"), operations=7, bytes=70)
         return self.vcms[vcm]
 

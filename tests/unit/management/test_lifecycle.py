@@ -20,6 +20,7 @@ from cipherfleet.contract.management_api import (
     VcmDetail,
 )
 from cipherfleet.contract.statements import Purpose
+from cipherfleet.contract.vcc import VccLimits
 from tests.unit.management.world import ACME, BOLT, SETTINGS, World, until, world_in
 
 
@@ -265,6 +266,23 @@ async def test_migration_makes_before_it_breaks(world: World) -> None:
     kinds = [type(f) for f in terminal.heard if isinstance(f, ServiceOn | DeletePermit)]
     assert kinds == [ServiceOn, ServiceOn, DeletePermit]
     assert await world.service() == "on"
+
+
+async def test_limits_outlive_the_vcm_they_were_set_for(world: World) -> None:
+    terminal, old = await world.serving()
+    second = (await create(world)).vcm.id
+    hold = {vcm: VccLimits(weight=weight, keys=5) for vcm, weight in ((old, 2.0), (second, 3.0))}
+    for vcm, limits in hold.items():
+        shown = await world.operator.call("PUT", f"/v1/vcms/{vcm}/limits", limits, reply=VcmDetail)
+        assert shown.limits == limits == world.host(vcm).limits[vcm]
+    moved = await world.operator.call("POST", f"/v1/vcms/{old}/migrate", MigrateRequest(), reply=VcmDetail)
+    assert moved.limits == hold[old] == world.host(moved.vcm.id).limits[moved.vcm.id]  # its own, not the ones set last
+    with pytest.raises(StateConflict):
+        await world.operator.call("PUT", f"/v1/vcms/{old}/limits", VccLimits())
+    await terminal.pull()
+    await world.clean()
+    _, new = await world.serving()
+    assert (await world.detail(new)).limits == hold[second] == world.host(new).limits[new]  # a pulled Ukey is no way around them
 
 
 async def test_a_migration_that_fails_leaves_the_old_vcm(world: World) -> None:

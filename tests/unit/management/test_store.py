@@ -167,19 +167,21 @@ async def test_files_are_the_operators_alone(store: Store, tmp_path: Path) -> No
 # -- states that cannot be used ------------------------------------------------------------------------------------------
 
 
-def edit(folder: Path, statement: str) -> None:
+def edit(folder: Path, statement: str) -> str:
     connection = sqlite3.connect(folder / FILE)
     with connection:
-        connection.execute(statement)
+        found = connection.execute(statement).fetchone()
     connection.close()
+    return "" if found is None else str(found[0])
 
 
 async def test_a_newer_state_is_refused_and_not_touched(store: Store, tmp_path: Path) -> None:
     await store.close()
+    known = edit(tmp_path / "state", "SELECT version_num FROM alembic_version")
     edit(tmp_path / "state", "UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(StateNewer, match="9999"):
         Store.open(tmp_path / "state")
-    edit(tmp_path / "state", "UPDATE alembic_version SET version_num = '0001'")
+    edit(tmp_path / "state", f"UPDATE alembic_version SET version_num = '{known}'")  # noqa: S608 - as it was
     await Store.open(tmp_path / "state").close()
 
 

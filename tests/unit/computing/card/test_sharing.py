@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
+from cipherfleet.computing import card_server
 from cipherfleet.computing.card_engine import MAX_THREADS, helpers
 from cipherfleet.computing.card_function import Answer, VirtualFunction, Work
 from cipherfleet.computing.card_rates import BUCKETS, Rate, Statistics, bucket
@@ -93,6 +94,7 @@ async def test_shares_are_as_the_weights(monkeypatch: pytest.MonkeyPatch, size: 
         return real(function, operation, *request)  # type: ignore[arg-type]
 
     monkeypatch.setattr(VirtualFunction, "execute", execute)
+    monkeypatch.setattr(card_server, "TURN_S", 1e-6)  # one round, then the clients, on the same loop, fill their rings again
     parts = [await serving(server) for _ in range(2)]
     server.limit(parts[1][1].vcm, VccLimits(weight=weight))
     digest, data = stream(Verb.DIGEST, digest="SHA-256"), os.urandom(size)

@@ -340,7 +340,8 @@ async def test_only_the_management_platform_gives_orders(tmp_path: Path, kmc: Fa
 
 async def test_limits_reach_the_card(tmp_path: Path, kmc: FakeKmc) -> None:
     async with machine(tmp_path, kmc) as m:
-        vcm = await m.serving(m.order())
+        vcm = await m.serving(m.order(limits=VccLimits(keys=9)))
+        assert (await m.report()).vcms[0].limits == VccLimits(keys=9)
         path = f"/v1/vcms/{vcm.id}/limits"
         await m.caller.call("PUT", path, VccLimits(operations_s=5000, weight=2.5))
         report = (await m.report()).vcms[0]
