@@ -11,5 +11,5 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends $missing >/dev/null; } && exit 0
     echo "could not install:$missing; going on without" >&2
 else
-    echo "no root, so not installed:$missing; VCMs run with weaker isolation (see: cipherfleet vcm show), and tests that need them are skipped" >&2
+    echo "no root, so not installed:$missing; what needs them is weaker (see: cipherfleet vcm show) or left out, and tests of it are skipped" >&2
 fi

@@ -15,6 +15,8 @@ import pytest
 from cipherfleet.app.bench.figure8 import OPERATIONS, SIZES
 from tests.support import command
 
+PEERS = Path(__file__).parents[2] / ".peers" / "bin" / "python"
+
 
 @pytest.fixture
 def only_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -78,6 +80,22 @@ def test_the_network_is_measured_beside_its_limits(only_here: Path) -> None:
     assert ratios["vcm/direct", "digest", 64, 1] < 1
     assert ratios["vcm/echo", "encrypt", 64, 8] < 1
     assert ratios["vcm/null", "digest", 64, 1] > 0
+
+
+@pytest.mark.skipif(not (PEERS.parent.parent / ".installed").exists(), reason="the peers are not installed: make peers")
+def test_peers_do_the_same_job_beside_it(only_here: Path) -> None:
+    """Each from its packages, with its own client; what one does not do is said."""
+    told = command("bench", "network", "--quick", "--json", "--peers", PEERS).document
+    ratios = {(r["ratio"], r["operation"], r["size"]): r["value"] for r in told["ratios"] if r.get("connections") == 1}
+    here, jobs = (
+        told["machine"],
+        {"softhsm2": ("encrypt", "sign", "digest", "random"), "moto": ("encrypt", "sign", "random"), "pykmip": ("encrypt",)},
+    )
+    for peer, operations in jobs.items():
+        if f"{peer}, not there" not in here:
+            assert all(ratios[f"vcm/{peer}", operation, 64] > 0 for operation in operations)
+            assert peer == "softhsm2" or here[f"{peer}, digest from 64 bytes up"] == "not offered"
+    assert not {"moto, not there", "pykmip, not there"} & set(here)
 
 
 @pytest.mark.slow

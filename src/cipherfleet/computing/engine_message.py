@@ -4,6 +4,7 @@ What a decryptor gives out has been authenticated, chunk by chunk, as *this* chu
 RFC 8998 (SM4-GCM), RFC 5869 (HKDF), Hoang, Reyhanitabar, Rogaway, Vizár 2015 (STREAM).
 """
 
+import hashlib
 import secrets
 from collections.abc import Callable
 from typing import Protocol
@@ -111,9 +112,7 @@ def message_aead(key: Key, header: Header, context: bytes) -> Aead:
     """The key of one message. Raises ``WrongKeyType`` or ``TooLarge``."""
     key.require(Kind.AEAD)
     check_context(context)
-    hasher = hashes.Hash(hashes.SHA256())
-    hasher.update(context)
-    info = _INFO + header.encode() + hasher.finalize()
+    info = _INFO + header.encode() + hashlib.sha256(context).digest()
     if key.algorithm.name == "SM4-GCM":
         return Sm4Gcm(derive(key.secret, salt=header.salt, info=info, length=16, hash_=hashes.SM3()))
     return AesGcm(derive(key.secret, salt=header.salt, info=info, length=32))

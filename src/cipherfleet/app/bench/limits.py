@@ -59,7 +59,11 @@ def authority() -> Callable[[Identity], Credentials]:
 
     def certify(identity: Identity) -> Credentials:
         key = new_key()
-        made = builder().subject_name(x509.Name([])).public_key(key.public_key())
+        made = (
+            builder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity.dns_name[:64])]))
+            .public_key(key.public_key())
+        )
         made = made.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         made = made.add_extension(alternative_names(identity, ["127.0.0.1"]), critical=True)
         made = made.add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(key_id), critical=False)

@@ -1,4 +1,4 @@
-"""A client over mutual TLS against a VCM; beside it a null handler on the same server stack, a bare TLS echo, and the library alone."""
+"""A client over mutual TLS against a VCM; beside it a null handler on the same server stack, a bare TLS echo, the library, and peers."""
 
 import asyncio
 import os
@@ -11,13 +11,15 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cipherfleet import Client
+from cipherfleet.app.bench import peers as others
 from cipherfleet.app.bench.limits import WANTED, LimitWork, Listening, authority, receive
+from cipherfleet.app.bench.peers import Peer
 from cipherfleet.app.bench.report import Row, row
 from cipherfleet.app.bench.rig import Say
 from cipherfleet.app.commands.demo import sign_in_on
@@ -52,19 +54,28 @@ class _Places(NamedTuple):
     keys: dict[str, str]
     echo_port: int
     echo_context: ssl.SSLContext
+    peers: dict[str, Peer]
 
 
-async def network(folder: Path, plan: Plan, say: Say) -> tuple[list[Row], list[Row]]:
+async def network(folder: Path, plan: Plan, say: Say, python: Path | None = None) -> tuple[list[Row], list[Row], dict[str, Any]]:
+    """``python``: the interpreter that has the peers' libraries. Rows, ratios, and what is to be known of the peers."""
     taken: dict[tuple[str, int, str, int], list[float]] = {}
     speeds: dict[tuple[str, int, str, int], list[float]] = {}
-    async with _places(folder) as places:
+    async with AsyncExitStack() as held:
+        say("starting peers")
+        running, missing = await held.enter_async_context(others.started(folder, python, max(plan.connections))) if python else ([], {})
+        places = await held.enter_async_context(_places(folder, running))
+        order = ("vcm", "null", "echo", *places.peers)
         for number in range(plan.rounds):
             for operation in OPERATIONS:
                 for size in SIZES:
                     for connections in plan.connections:
                         say(f"round {number + 1} of {plan.rounds}: {operation}, {size} bytes, {connections} connections")
-                        for where in ("vcm", "null", "echo")[number % 3 :] + ("vcm", "null", "echo")[: number % 3]:
+                        turn = number % len(order)
+                        for where in order[turn:] + order[:turn]:
                             seconds = await _slice(places, operation, size, where, connections, plan.slice_s)
+                            if seconds is None:
+                                continue
                             taken.setdefault((operation, size, where, connections), []).extend(seconds)
                             speeds.setdefault((operation, size, where, connections), []).append(len(seconds) / plan.slice_s)
                 await _alone(places, operation, plan, taken, speeds)
@@ -73,18 +84,21 @@ async def network(folder: Path, plan: Plan, say: Say) -> tuple[list[Row], list[R
         typical = statistics.median(speeds[operation, size, where, connections])
         found = {**row(operation, size, where, seconds or [plan.slice_s]), "connections": connections}
         rows.append({**found, "ops_s": round(typical, 1), "bytes_s": round(typical * size)})
-    return rows, _ratios(speeds)
+    about = {f"{name}, not there": why for name, why in missing.items()}
+    for peer in running:
+        about |= {f"{peer.name}, {operation} from {size} bytes up": why for (operation, size), why in sorted(peer.refused.items())}
+    return rows, _ratios(speeds), about
 
 
 def _ratios(speeds: dict[tuple[str, int, str, int], list[float]]) -> list[Row]:
     """The median of the rounds' own ratios."""
     found = []
-    for other in ("null", "echo", "direct"):
+    for other in dict.fromkeys(where for _, _, where, _ in speeds if where != "vcm"):
         for (operation, size, where, connections), over in speeds.items():
             under = speeds.get((operation, size, other, connections))
             if where != "vcm" or under is None:
                 continue
-            values = [a / b for a, b in zip(over, under, strict=True) if b]
+            values = [a / b for a, b in zip(over, under, strict=False) if b]
             if values:
                 ratio = {"ratio": f"vcm/{other}", "operation": operation, "size": size, "connections": connections}
                 found.append({**ratio, "value": round(statistics.median(values), 4)})
@@ -95,7 +109,7 @@ def _ratios(speeds: dict[tuple[str, int, str, int], list[float]]) -> list[Row]:
 
 
 @asynccontextmanager
-async def _places(folder: Path) -> AsyncIterator[_Places]:
+async def _places(folder: Path, peers: list[Peer]) -> AsyncIterator[_Places]:
     certify, consumer = authority(), ConsumerId("acme")
     application = certify(Identity(Role.APPLICATION, "bench", consumer))
     async with AsyncExitStack() as held:
@@ -124,11 +138,13 @@ async def _places(folder: Path) -> AsyncIterator[_Places]:
         null = await held.enter_async_context(Client(stand_in))
         keys = {"encrypt": (await vcm.create_key("AES-256-GCM")).id, "sign": (await vcm.create_key("ECDSA-P-256")).id}
         context = tls.client_context(application)
-        yield _Places(vcm, null, dict(keys), ports[1], context)
+        yield _Places(vcm, null, dict(keys), ports[1], context, {peer.name: peer for peer in peers})
 
 
-async def _slice(places: _Places, operation: str, size: int, where: str, connections: int, slice_s: float) -> list[float]:
-    """What each operation took that ended in this time, seconds."""
+async def _slice(places: _Places, operation: str, size: int, where: str, connections: int, slice_s: float) -> list[float] | None:
+    """What each operation took that ended in this time, seconds; None where a peer does not do it."""
+    if where in places.peers:
+        return await places.peers[where].measure(operation, size, connections, slice_s)
     if where == "echo":
         return await asyncio.to_thread(_echo, places, operation, size, connections, slice_s)
     job = _job(places.vcm if where == "vcm" else places.null, places.keys, operation, size)

@@ -27,13 +27,23 @@ Quick = Annotated[bool, typer.Option("--quick", help="Less of everything; under 
 
 
 @app.command()
-def network(quick: Quick = False, json: Json = False) -> None:
+def network(
+    quick: Quick = False,
+    peers: Annotated[
+        Path | None, typer.Option("--peers", help="Python of the environment that `make peers` makes.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
     """A client over mutual TLS against a VCM, by operation, size and connections.
 
-    Beside it, in the same run: a null handler on the same server stack, a bare TLS echo on blocking sockets, and the library alone.
+    Beside it, in the same run: a null handler on the same server stack, a bare TLS echo on blocking sockets, the library alone, and
+    with --peers SoftHSM2 behind p11-kit, moto's KMS and PyKMIP, as far as they do the same.
     """
     plan = over.QUICK if quick else over.FULL
-    report("network", run(on_a_cloud(lambda _cloud, folder, say: over.network(folder, plan, say))), as_json=json)
+    if peers is not None and not peers.is_file():
+        raise FileProblem(f"there is no Python at {peers}", "make it with: make peers")
+    rows, ratios, about = run(on_a_cloud(lambda _cloud, folder, say: over.network(folder, plan, say, peers)))
+    report("network", (rows, ratios), as_json=json, about=about)
 
 
 @app.command()
