@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import struct
@@ -154,6 +155,25 @@ async def test_what_a_card_process_gave_up(handle: CardHandle) -> None:
         assert int(status["VmLck"].split()[0]) > 0
     if said.network_isolated and os.geteuid() == 0:
         assert Path(f"/proc/{handle.pid}/ns/net").readlink() != Path("/proc/self/ns/net").readlink()
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to read the memory map of another process")
+async def test_the_memory_of_a_vcc_is_pinned_where_memory_is(handle: CardHandle) -> None:
+    """What the card touched of a region stays in memory: no request waits for a disk, no plaintext gets onto one."""
+    await handle.certify(certificate_for(handle))
+    consumer = Consumer()
+    client = RingCard(await handle.attach(VCM, consumer.name))
+    await client.start()
+    await serve(client, consumer, handle)
+    await client.submit(Operation.RANDOM, parameters=codec.encode(RandomRequest(1024 * 1024)))
+    areas = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path(f"/proc/{handle.pid}/smaps").read_text(), flags=re.MULTILINE)
+    (area,) = (area for area in areas if "memfd:cipherfleet-vcc" in area)
+    sizes = {name: int(kib) for name, kib in re.findall(r"^(Rss|Locked): +(\d+) kB$", area, flags=re.MULTILINE)}
+    assert sizes["Rss"] >= 1024
+    assert (sizes["Locked"] > 0) is handle.protection.memory_locked
+    assert (" lo" in re.search(r"^VmFlags:.*$", area, flags=re.MULTILINE)[0]) is handle.protection.memory_locked  # type: ignore[index]
+    await client.close()
 
 
 async def test_a_killed_card_is_noticed_by_all(handle: CardHandle, tmp_path: Path) -> None:
