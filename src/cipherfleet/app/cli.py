@@ -8,6 +8,7 @@ import typer
 from cipherfleet.app import output
 from cipherfleet.app.commands import application, audit, bench, cloud, consumer, data, demo, key, vcm
 from cipherfleet.app.options import Wish
+from cipherfleet.channel.process import keep_freed_memory
 from cipherfleet.contract.errors import CipherfleetError
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app.command()(demo.demo)
 
 def main() -> None:
     """Run one command; every error of ours becomes one line, or one JSON document."""
+    keep_freed_memory()
     try:
         app()
     except CipherfleetError as error:

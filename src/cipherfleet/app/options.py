@@ -1,6 +1,5 @@
 """Options that many commands share, and where their values come from."""
 
-import asyncio
 import os
 import sys
 from collections.abc import Coroutine
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+import uvloop
 
 from cipherfleet.app.record import default_state
 from cipherfleet.app.wiring import Cloud
@@ -57,7 +57,7 @@ def cloud(state: Path) -> Cloud:
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Run one command's coroutine."""
-    return asyncio.run(work)
+    return uvloop.run(work)
 
 
 def read_pin(file: Path | None, *, confirm: bool = False) -> str:

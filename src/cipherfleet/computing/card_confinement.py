@@ -12,14 +12,14 @@ from pathlib import Path
 
 import msgspec
 
-from cipherfleet.channel.process import protect
+from cipherfleet.channel.process import keep_freed_memory, protect
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _PR_GET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 3, 38, 47, 4
 _CAPABILITY_VERSION_3 = 0x20080522
 _M_PERTURB = -6
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
 _CAP_IPC_LOCK = 1 << 14
 _AF_UNIX = 1
 _DENIED = (
@@ -78,9 +78,7 @@ def confine() -> Protection:
     # A lock on future memory under a limit would make an allocation fail one day.
     with suppress(AttributeError):  # glibc alone: memory is overwritten when it is freed, whoever freed it
         libc.mallopt(_M_PERTURB, 0xA5)
-        # Long answers use the same memory again: fresh, locked pages for each of them cost more than the cryptography.
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 * 1024 * 1024)
-        libc.mallopt(_M_TRIM_THRESHOLD, 32 * 1024 * 1024)
+    keep_freed_memory(32 * 1024 * 1024)
     memory_locked = bool((unlimited or may_lock) and libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) == 0)
     no_new_privileges = libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
     _keep_capabilities(libc, may_lock if memory_locked and not unlimited else 0)

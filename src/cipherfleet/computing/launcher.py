@@ -33,9 +33,6 @@ _SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/etc/ssl/openssl.cnf")
 ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "MALLOC_ARENA_MAX": "2",  # an arena for each thread would eat up the address space
-    # A large answer's memory is used again for the next one: fresh pages for every one would cost more than the cryptography.
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 1024 * 1024),
-    "MALLOC_TRIM_THRESHOLD_": str(8 * 1024 * 1024),
 }
 
 VCM_COMMAND = (sys.executable, "-I", "-B", "-m", "cipherfleet.app.roles", "vcm")

@@ -138,8 +138,6 @@ async def test_it_is_the_first_process_of_its_own_and_knows_nothing_of_ours(cell
     assert not set(cell.findings.environment) - {
         "LANG",
         "MALLOC_ARENA_MAX",
-        "MALLOC_MMAP_THRESHOLD_",
-        "MALLOC_TRIM_THRESHOLD_",
         "PWD",
         "LC_CTYPE",
     }
