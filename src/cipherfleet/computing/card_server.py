@@ -35,9 +35,11 @@ QUANTUM = 128 * 1024
 OPERATION_COST = 8 * 1024
 INLINE_BYTES = 128 * 1024
 """More data is never worked on in the loop's thread while there are others: it would keep everybody waiting."""
+TELL_S = 100e-6
+"""A VCM that sleeps is not left waiting longer than this for an answer because others of its requests are still to be served."""
 TURN_S = 0.002
 """How long requests are served before the loop looks at anything else."""
-SHORTEST_POLL_S, POLL_S, LONGEST_POLL_S = 25e-6, 100e-6, 2e-3
+SHORTEST_POLL_S, POLL_S, LONGEST_POLL_S = 25e-6, 100e-6, 1e-3
 """How long a quiet vCC is polled before it sleeps: longer where requests came soon after it had gone to sleep, as one wake-up costs
 as much as serving ten requests; shortest where others wait for the processor."""
 LONGEST_TIMER_S = 1.0
@@ -67,7 +69,8 @@ class CardServer:
         self._awake: dict[_Vcc, None] = {}  # in the order of their turns
         self._waiting: dict[_Vcc, None] = {}
         self._scheduled = False
-        self._put_off = 0
+        self._put_off = 0  # times that this thread had to leave its processor
+        self._crowded: bool | None = None
         self._lasting = ThreadPoolExecutor(1, "key-generation")
 
     async def attach(self, vcm: VcmId, consumer: ConsumerId, sock: socket.socket, limits: VccLimits = NO_LIMITS) -> None:
@@ -123,9 +126,11 @@ class CardServer:
             asyncio.get_running_loop().call_soon(self._turn)
 
     def crowded(self) -> bool:
-        """Whether others wanted this thread's processor since the last call: a poller should make room for them then."""
-        before, self._put_off = self._put_off, resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
-        return self._put_off != before
+        """Whether others wanted this thread's processor since it was last asked: a poller should make room for them then."""
+        if self._crowded is None:
+            before, self._put_off = self._put_off, resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+            self._crowded = self._put_off != before
+        return self._crowded
 
     def start_lasting(self, work: Work) -> "Future[Any]":
         return self._lasting.submit(work.run)
@@ -150,6 +155,7 @@ class CardServer:
         end = now + TURN_S
         while now < end:
             self._finished()
+            self._crowded = None
             for vcc in tuple(self._awake):
                 turn = vcc.serve(now)
                 if turn is _Turn.POLL:
@@ -200,7 +206,7 @@ class _Vcc:
         self._normal: deque[tuple[Descriptor, float]] = deque()
         self._deficit = 0.0
         self._in_turn = False
-        self._quiet_since = self._slept_at = 0.0
+        self._quiet_since = self._slept_at = self._told_at = 0.0
         self._poll_s = POLL_S
         self._under_way = 0
         self._alone = self._ended = self._answered = False
@@ -318,6 +324,8 @@ class _Vcc:
             self._begin(request, seen)
             if self._ended:
                 return _Turn.SLEEP
+            if self._answered and time.monotonic() - self._told_at > TELL_S:
+                self.tell()  # the VCM goes on with these while the rest is worked on
 
     def _look_again(self, pause_s: float) -> None:
         if self._again is None:
@@ -362,7 +370,7 @@ class _Vcc:
     def tell(self) -> None:
         """Ring the VCM's doorbell if there are answers and it sleeps: once for all of them."""
         if self._answered and not self._ended:
-            self._answered = False
+            self._answered, self._told_at = False, time.monotonic()
             if self._device.vcm_sleeps:
                 with suppress(BlockingIOError):
                     os.eventfd_write(self._vcm_bell, 1)

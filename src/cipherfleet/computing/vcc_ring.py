@@ -13,7 +13,7 @@ from cipherfleet.computing.vcc_memory import WORD, Memory
 from cipherfleet.contract.errors import CardUnavailable, CipherfleetError, ErrorBody, TooLarge
 from cipherfleet.contract.vcc import MAX_DATA_BYTES, MAX_PARAMETER_BYTES, MAX_SUBMIT_BYTES, Completion, Operation, Status
 
-LONGEST_SPIN_S = 60e-6
+LONGEST_SPIN_S = 150e-6
 """How long a call looks for its answer before it goes to sleep: less than it costs to be woken."""
 SPIN_BYTES = 64 * 1024
 MOST_SKIPPED = 63
