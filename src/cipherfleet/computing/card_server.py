@@ -30,8 +30,12 @@ from cipherfleet.contract.vcc import NO_LIMITS, Descriptor, Operation, VccLimits
 
 log = logging.getLogger(__name__)
 
-QUANTUM = 128 * 1024
-"""What a vCC of weight 1 may spend in a turn: bytes, and ``OPERATION_COST`` for every request."""
+QUANTUM = 1024 * 1024
+"""What the heaviest of the vCCs that wait may spend in a turn, the others as much less as their weights: bytes, and ``OPERATION_COST``
+for every request. Many requests a turn, as a VCM that is woken for each few of its answers spends more on that than on them."""
+FIRST_QUANTUM = 64 * 1024
+"""What it may spend in its first turn after it slept. That turn comes before all others': who asks little and seldom does not wait for
+those who flood, and who floods gains nothing by sleeping in between."""
 OPERATION_COST = 8 * 1024
 INLINE_BYTES = 128 * 1024
 """More data is never worked on in the loop's thread while there are others: it would keep everybody waiting."""
@@ -66,8 +70,10 @@ class CardServer:
         self.card = card
         self.engine = Engine(threads, self._finished)
         self._vccs: dict[VcmId, _Vcc] = {}
+        self._first: dict[_Vcc, None] = {}  # just woken, or who waited: their turns come first
         self._awake: dict[_Vcc, None] = {}  # in the order of their turns
         self._waiting: dict[_Vcc, None] = {}
+        self.heaviest = 1.0  # weight among those that wait
         self._scheduled = False
         self._put_off = 0  # times that this thread had to leave its processor
         self._crowded: bool | None = None
@@ -113,17 +119,23 @@ class CardServer:
 
     def ended(self, vcc: "_Vcc") -> None:
         self.card.detach(vcc.function)
-        self._awake.pop(vcc, None)
-        self._waiting.pop(vcc, None)
+        for queue in (self._first, self._awake, self._waiting):
+            queue.pop(vcc, None)
         if self._vccs.get(vcc.function.vcm) is vcc:
             del self._vccs[vcc.function.vcm]
 
     def wake(self, vcc: "_Vcc") -> None:
         """``vcc`` is polled from now on."""
-        self._awake[vcc] = None
+        if vcc not in self._awake:
+            self._first[vcc] = None
         if not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._turn)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are turns to come (asked in a turn: of others)."""
+        return bool(self._first or self._awake)
 
     def crowded(self) -> bool:
         """Whether others wanted this thread's processor since it was last asked: a poller should make room for them then."""
@@ -138,8 +150,8 @@ class CardServer:
     def resume(self) -> None:
         """A job is done: who waited goes on, in the order in which it began to wait."""
         if self._waiting:
-            self._awake, self._waiting = {**self._waiting, **self._awake}, {}
-            self.wake(next(iter(self._awake)))
+            self._first, self._waiting = {**self._waiting, **self._first}, {}
+            self.wake(next(iter(self._first)))
 
     def _finished(self) -> None:
         while (job := self.engine.done()) is not None:
@@ -151,24 +163,26 @@ class CardServer:
     def _turn(self) -> None:
         self._scheduled = False
         self.engine.awaited = False
+        self.heaviest = max((vcc.limits.weight for vcc in (*self._first, *self._awake)), default=1.0)
         now = time.monotonic()
         end = now + TURN_S
         while now < end:
             self._finished()
             self._crowded = None
-            for vcc in tuple(self._awake):
-                turn = vcc.serve(now)
-                if turn is _Turn.POLL:
-                    continue
-                self._awake.pop(vcc, None)
-                if turn is _Turn.WAIT:
-                    self._waiting[vcc] = None
-            if not self._awake:
+            queue = self._first or self._awake
+            if not queue:
                 break
+            vcc = next(iter(queue))
+            del queue[vcc]
+            turn = vcc.serve(now)
+            if turn is _Turn.POLL:
+                self._awake[vcc] = None
+            elif turn is _Turn.WAIT:
+                self._waiting[vcc] = None
             now = time.monotonic()
         self.engine.awaited = True
         self._finished()  # of a job that ended before that nobody tells
-        if self._awake and not self._scheduled:
+        if self.busy and not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._turn)
 
@@ -205,7 +219,7 @@ class _Vcc:
         self._urgent: deque[tuple[Descriptor, float]] = deque()
         self._normal: deque[tuple[Descriptor, float]] = deque()
         self._deficit = 0.0
-        self._in_turn = False
+        self._in_turn, self._slept = False, True
         self._quiet_since = self._slept_at = self._told_at = 0.0
         self._poll_s = POLL_S
         self._under_way = 0
@@ -307,8 +321,8 @@ class _Vcc:
                 self._look_again(PAUSE_S)
                 return _Turn.WAIT
             if not self._in_turn:
-                self._in_turn = True
-                self._deficit += QUANTUM * self.limits.weight
+                self._deficit += (FIRST_QUANTUM if self._slept else QUANTUM) * self.limits.weight / self._server.heaviest
+                self._in_turn, self._slept = True, False
             cost = OPERATION_COST + request.parameter_bytes + request.data_bytes
             if cost > self._deficit:
                 self._in_turn = False
@@ -324,7 +338,7 @@ class _Vcc:
             self._begin(request, seen)
             if self._ended:
                 return _Turn.SLEEP
-            if self._answered and time.monotonic() - self._told_at > TELL_S:
+            if self._answered and not self._server.busy and time.monotonic() - self._told_at > TELL_S:
                 self.tell()  # the VCM goes on with these while the rest is worked on
 
     def _look_again(self, pause_s: float) -> None:
@@ -361,7 +375,7 @@ class _Vcc:
             return _Turn.POLL
         self._device.sleeps(True)
         if not self._look(now):
-            self._slept_at = now
+            self._slept, self._slept_at = True, now
             return _Turn.SLEEP
         self._device.sleeps(False)
         self._quiet_since = 0.0
