@@ -1,6 +1,7 @@
 """A card between its vCCs: turns by weight, limits set while it runs, engine threads, and what was counted."""
 
 import asyncio
+import itertools
 import os
 import threading
 import time
@@ -114,6 +115,78 @@ async def test_shares_are_as_the_weights(monkeypatch: pytest.MonkeyPatch, size: 
     counted = Counter(served[200:1200])
     share = counted[parts[1][1].vcm] / counted[parts[0][1].vcm]
     assert weight * 0.9 <= share <= weight * 1.1
+    for client, _ in parts:
+        await client.close()
+    server.close()
+
+
+async def test_who_asks_seldom_is_served_before_those_who_flood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most what is served already and one turn come before it, however many flood; with turns in order it would be all of theirs."""
+    server = CardServer(card(), 0)
+    served: list[VcmId] = []
+    real = VirtualFunction.execute
+
+    def execute(function: VirtualFunction, operation: int, *request: object) -> Answer | Work:
+        if operation == Operation.RUN:
+            served.append(function.vcm)
+        return real(function, operation, *request)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(VirtualFunction, "execute", execute)
+    monkeypatch.setattr(card_server, "TURN_S", 1e-6)
+    floods, (quiet, function) = [await serving(server) for _ in range(8)], await serving(server)
+    digest, data = stream(Verb.DIGEST, digest="SHA-256"), os.urandom(1024)
+    turn = card_server.QUANTUM // (card_server.OPERATION_COST + len(data))
+    ended = asyncio.Event()
+    before: list[int] = []
+
+    async def flood(client: RingCard) -> None:
+        while not ended.is_set():
+            await client.submit(Operation.RUN, parameters=digest, data=data)
+
+    async def ask() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0.02)
+            began = len(served)
+            await quiet.submit(Operation.RUN, parameters=digest, data=data)
+            before.append(served.index(function.vcm, began) - began)
+        ended.set()
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        for client, _ in floods:
+            for _ in range(200):
+                group.create_task(flood(client))
+        group.create_task(ask())
+    assert sorted(before)[len(before) // 2] <= 2 * turn
+    for client in (quiet, *(client for client, _ in floods)):
+        await client.close()
+    server.close()
+
+
+async def test_sleeping_in_between_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first turn is a sixteenth of the others': with what is left of its ring a vCC stands in line behind those that waited."""
+    server = CardServer(card(), 0)
+    served: list[VcmId] = []
+    real = VirtualFunction.execute
+
+    def execute(function: VirtualFunction, operation: int, *request: object) -> Answer | Work:
+        if operation == Operation.RUN:
+            served.append(function.vcm)
+        return real(function, operation, *request)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(VirtualFunction, "execute", execute)
+    parts = [await serving(server) for _ in range(3)]
+    digest, data = stream(Verb.DIGEST, digest="SHA-256"), os.urandom(1024)
+    await asyncio.sleep(0.05)
+    for client, _ in parts:  # all of them sleep, and all their requests are there before the card's next turn
+        for _ in range(100):
+            assert client._push(Operation.RUN, 0, digest, data) is not None
+    futures = [pending.future for client, _ in parts for pending in client._pending.values()]
+    await asyncio.gather(*futures)
+    first = card_server.FIRST_QUANTUM // (card_server.OPERATION_COST + len(data)) + 1
+    runs = [len(list(run)) for _, run in itertools.groupby(served)]
+    assert sum(runs) == 300
+    assert all(count <= first for count in runs[:3])
+    assert max(runs[3:]) > first
     for client, _ in parts:
         await client.close()
     server.close()
