@@ -122,7 +122,7 @@ async def _process(
                 stdin=pipe,
                 stdout=pipe if piped else log,
                 stderr=log,
-                env={**os.environ, **environment},
+                env={**os.environ, "TMPDIR": str(log_file.parent), **environment},  # what they leave goes with the measurement
                 start_new_session=True,
                 limit=LINE_BYTES,
             )
