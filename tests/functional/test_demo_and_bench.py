@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from cipherfleet.app.bench.figure8 import OPERATIONS, SIZES
+from cipherfleet.app.bench.peers import SYSTEM
 from tests.support import command
 
 PEERS = Path(__file__).parents[2] / ".peers" / "bin" / "python"
@@ -82,9 +83,11 @@ def test_the_network_is_measured_beside_its_limits(only_here: Path) -> None:
     assert ratios["vcm/null", "digest", 64, 1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (PEERS.parent.parent / ".installed").exists(), reason="the peers are not installed: make peers")
 def test_peers_do_the_same_job_beside_it(only_here: Path) -> None:
     """Each from its packages, with its own client; what one does not do is said."""
+    before = set(Path("/tmp").glob("peers-*"))
     told = command("bench", "network", "--quick", "--json", "--peers", PEERS).document
     ratios = {(r["ratio"], r["operation"], r["size"]): r["value"] for r in told["ratios"] if r.get("connections") == 1}
     here, jobs = (
@@ -96,6 +99,8 @@ def test_peers_do_the_same_job_beside_it(only_here: Path) -> None:
             assert all(ratios[f"vcm/{peer}", operation, 64] > 0 for operation in operations)
             assert peer == "softhsm2" or here[f"{peer}, digest from 64 bytes up"] == "not offered"
     assert not {"moto, not there", "pykmip, not there"} & set(here)
+    assert here.get("softhsm2, not there", SYSTEM) == SYSTEM
+    assert set(Path("/tmp").glob("peers-*")) == before
 
 
 @pytest.mark.slow

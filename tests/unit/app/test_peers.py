@@ -16,14 +16,14 @@ from tests.support import command
 NOBODY = Path("/nonexistent/python")
 
 
-async def test_a_peer_that_cannot_run_here_is_named_with_its_reason(tmp_path: Path) -> None:
-    async with started(tmp_path, NOBODY, 2) as (peers, missing):
+async def test_a_peer_that_cannot_run_here_is_named_with_its_reason() -> None:
+    async with started(NOBODY, 2) as (peers, missing):
         assert peers == []
         assert set(missing) == set(peer_load.PEERS)
         assert all(missing.values())
 
 
-async def test_libraries_that_are_not_there_are_said_by_the_load(tmp_path: Path) -> None:
+async def test_libraries_that_are_not_there_are_said_by_the_load() -> None:
     """The load runs alone: with an interpreter that has neither this package nor the peer's library."""
     for peer in peer_load.PEERS:
         finished = await asyncio.to_thread(
@@ -105,7 +105,7 @@ async def test_what_is_slow_is_not_made_larger() -> None:
     assert "64 bytes" in peer.refused["encrypt", 65]
 
 
-async def test_a_load_that_is_gone_is_no_answer(tmp_path: Path) -> None:
+async def test_a_load_that_is_gone_is_no_answer() -> None:
     process = await asyncio.create_subprocess_exec("/bin/true", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
     await process.wait()
     with pytest.raises(Unfit, match="no answer"):

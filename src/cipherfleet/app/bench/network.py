@@ -63,7 +63,7 @@ async def network(folder: Path, plan: Plan, say: Say, python: Path | None = None
     speeds: dict[tuple[str, int, str, int], list[float]] = {}
     async with AsyncExitStack() as held:
         say("starting peers")
-        running, missing = await held.enter_async_context(others.started(folder, python, max(plan.connections))) if python else ([], {})
+        running, missing = await held.enter_async_context(others.started(python, max(plan.connections))) if python else ([], {})
         places = await held.enter_async_context(_places(folder, running))
         order = ("vcm", "null", "echo", *places.peers)
         for number in range(plan.rounds):

@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import ssl
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -24,7 +25,7 @@ START_S, ANSWER_S = 20.0, 30.0
 LINE_BYTES = 16 * 1024 * 1024
 SLOW_S = 0.05
 """Where one operation takes longer than this, larger ones are not asked for: PyKMIP's parser takes minutes for a megabyte."""
-_SYSTEM = "set up with: apt install softhsm2 p11-kit p11-kit-modules"
+SYSTEM = "set up with: apt install softhsm2 p11-kit p11-kit-modules"
 
 
 class Unfit(Exception):
@@ -87,13 +88,15 @@ class Peer:
 
 
 @asynccontextmanager
-async def started(folder: Path, python: Path, connections: int) -> AsyncIterator[tuple[list[Peer], dict[str, str]]]:
+async def started(python: Path, connections: int) -> AsyncIterator[tuple[list[Peer], dict[str, str]]]:
     """The peers that run, for up to ``connections`` at a time, and why the others do not."""
     found: list[Peer] = []
     missing: dict[str, str] = {}
     async with AsyncExitStack() as held:
+        # Not below the folder for temporary files, wherever that is: paths of unix sockets have to be short.
+        folder = held.enter_context(tempfile.TemporaryDirectory(prefix="peers-", dir="/tmp", ignore_cleanup_errors=True))
         for name, start in _STARTS.items():
-            place = folder / name
+            place = Path(folder) / name
             place.mkdir()
             try:
                 configuration, environment = await start(place, python, held)
@@ -101,7 +104,8 @@ async def started(folder: Path, python: Path, connections: int) -> AsyncIterator
                 command = (str(python), "-I", "-W", "ignore", peer_load.__file__)
                 loads = [Load(await _process(held, command, place / "load.log", environment, piped=True)) for _ in range(processes)]
                 ready = {"peer": name, "connections": connections // processes, **configuration}
-                for answer in await asyncio.gather(*(load.ask(ready) for load in loads)):
+                for load in loads:  # one after the other: SoftHSM2 fails where several processes begin at once
+                    answer = await load.ask(ready)
                     if "error" in answer:
                         raise Unfit(answer["error"])
             except Unfit as exc:
@@ -155,11 +159,14 @@ def _port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _answers(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), 1).close()
-    except OSError:
-        return False
+def _answers(address: int | str) -> bool:
+    """Whether somebody listens: on a port, or on a unix socket."""
+    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(address if isinstance(address, str) else ("127.0.0.1", address))
+        except OSError:
+            return False
     return True
 
 
@@ -171,7 +178,7 @@ async def _softhsm2(folder: Path, _python: Path, held: AsyncExitStack) -> tuple[
     modules = sorted(Path("/usr/lib").glob("*/pkcs11/p11-kit-client.so"))
     tools = [shutil.which(tool) for tool in ("softhsm2-util", "p11-kit")]
     if not library.exists() or not modules or None in tools:
-        raise Unfit(_SYSTEM)
+        raise Unfit(SYSTEM)
     settings = folder / "softhsm2.conf"
     (folder / "tokens").mkdir()
     settings.write_text(f"directories.tokendir = {folder / 'tokens'}\nobjectstore.backend = file\nlog.level = ERROR\n")
@@ -183,7 +190,7 @@ async def _softhsm2(folder: Path, _python: Path, held: AsyncExitStack) -> tuple[
         raise Unfit("softhsm2-util made no token")
     command = (str(tools[1]), "server", "-f", "--provider", str(library), "--name", str(folder / "socket"), "pkcs11:token=bench")
     server = await _process(held, command, folder / "server.log", environment)
-    await _until((folder / "socket").exists, server, "p11-kit server")
+    await _until(lambda: _answers(str(folder / "socket")), server, "p11-kit server")
     return {"module": str(modules[0]), "label": "bench", "pin": "bench"}, environment
 
 
