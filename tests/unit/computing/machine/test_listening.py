@@ -1,5 +1,6 @@
 """A VCM's listening socket, on this host and in a namespace of its own."""
 
+import asyncio
 import socket
 from pathlib import Path
 
@@ -25,7 +26,16 @@ async def test_a_taken_address_is_said() -> None:
     with await open_listening("127.0.0.1:0") as first:
         port = first.getsockname()[1]
         with pytest.raises(PortTaken, match=f"127.0.0.1:{port}"):
-            await open_listening(f"127.0.0.1:{port}")
+            await open_listening(f"127.0.0.1:{port}", patience_s=0.1)
+
+
+async def test_who_is_just_leaving_is_waited_for() -> None:
+    """A VCM of a machine that was killed holds its address for a moment longer."""
+    first = await open_listening("127.0.0.1:0")
+    port = first.getsockname()[1]
+    asyncio.get_running_loop().call_later(0.3, first.close)
+    with await open_listening(f"127.0.0.1:{port}") as second:
+        assert second.getsockname()[1] == port
 
 
 async def test_an_address_of_another_host_is_refused() -> None:
@@ -54,4 +64,4 @@ async def test_in_a_namespace_it_is_reachable_there_alone_and_nobody_else_moves(
             socket.create_connection(("127.0.0.1", port), timeout=2)
         assert reachable_from(namespace, "127.0.0.1", port)
         with pytest.raises(PortTaken):
-            await open_listening(f"127.0.0.1:{port}", namespace)
+            await open_listening(f"127.0.0.1:{port}", namespace, patience_s=0.1)
