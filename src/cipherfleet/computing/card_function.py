@@ -8,7 +8,6 @@ import hmac
 import logging
 import secrets
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -20,7 +19,7 @@ from cipherfleet.computing.card_chain import KeyChain
 from cipherfleet.computing.card_lease import Lease, boottime
 from cipherfleet.computing.card_tables import KeyTable, StreamTable
 from cipherfleet.computing.engine import Key
-from cipherfleet.computing.engine_memory import Data, wipe
+from cipherfleet.computing.engine_memory import Data, Pause, no_pause, wipe
 from cipherfleet.computing.engine_message import Decryptor, Encryptor
 from cipherfleet.computing.engine_stream import Stream, open_stream
 from cipherfleet.contract.algorithms import Algorithm, Kind, algorithm
@@ -85,10 +84,11 @@ class Answer(NamedTuple):
 class Work(NamedTuple):
     """The slow part of an operation: ``run`` belongs into a thread, its result goes to ``VirtualFunction.complete``.
 
+    Where there is no thread for it, ``run`` pauses between parts of long data.
     ``alone``: nothing else of this vCC may begin before it is complete; ``lasting``: it takes a good part of a second.
     """
 
-    run: Callable[[], Any]
+    run: Callable[[Pause], Any]
     keep: Callable[[Any], Answer]
     life: int
     alone: bool = False
@@ -230,7 +230,7 @@ class VirtualFunction:
         if not isinstance(answer, Work):
             return answer
         try:
-            result = answer.run()
+            result = answer.run(no_pause)
         except Exception as exc:
             return self.complete(answer, None, exc)
         return self.complete(answer, result)
@@ -396,7 +396,7 @@ class VirtualFunction:
                 raise
             return Answer(value=self._keys.add(Key(row.key, row.version, chosen, made)), parameters=codec.encode(wrapped))
 
-        return Work(material, keep, self._life, alone=True, lasting=True) if engine.is_slow(chosen) else keep(material())
+        return Work(lambda _: material(), keep, self._life, alone=True, lasting=True) if engine.is_slow(chosen) else keep(material())
 
     def _load(self, request: Request) -> Answer:
         row = _parameters(request, EscrowRow)
@@ -499,7 +499,7 @@ class VirtualFunction:
             return Work(step, lambda data: Answer(data=data), self._life, alone=alone, done=done)
         well = False
         try:
-            answer = Answer(data=step())
+            answer = Answer(data=step(no_pause))
             well = True
         finally:
             done(well)
@@ -512,8 +512,12 @@ class VirtualFunction:
     def _run(self, request: Request) -> Answer | Work:
         stream, _ = self._open(request)
         if self._is_long(stream, request):
-            work = partial(stream.run, request.data, request.room)
-            return Work(work, lambda data: Answer(data=data), self._life, done=lambda _: stream.close())
+            return Work(
+                lambda pause: stream.run(request.data, request.room, pause),
+                lambda data: Answer(data=data),
+                self._life,
+                done=lambda _: stream.close(),
+            )
         try:
             return Answer(data=stream.run(request.data, request.room))
         finally:

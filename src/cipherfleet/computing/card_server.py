@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import resource
+import select
 import socket
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from cipherfleet.computing.card import Card
 from cipherfleet.computing.card_engine import Engine
 from cipherfleet.computing.card_function import Answer, VirtualFunction, Work
 from cipherfleet.computing.card_rates import Rate, Statistics
+from cipherfleet.computing.engine_memory import Pause, no_pause
 from cipherfleet.computing.vcc_device import Device
 from cipherfleet.contract.errors import CipherfleetError, Internal, Malformed, VcmUnknown
 from cipherfleet.contract.ids import ConsumerId, VcmId
@@ -74,6 +76,7 @@ class CardServer:
         self._awake: dict[_Vcc, None] = {}  # in the order of their turns
         self._waiting: dict[_Vcc, None] = {}
         self.heaviest = 1.0  # weight among those that wait
+        self._bells, self._by_bell = select.epoll(), dict[int, _Vcc]()
         self._scheduled = False
         self._put_off = 0  # times that this thread had to leave its processor
         self._crowded: bool | None = None
@@ -114,11 +117,14 @@ class CardServer:
     def close(self) -> None:
         for vcm in list(self._vccs):
             self.detach(vcm)
+        self._bells.close()
         self.engine.close()
         self._lasting.shutdown(wait=False, cancel_futures=True)
 
     def ended(self, vcc: "_Vcc") -> None:
         self.card.detach(vcc.function)
+        self._bells.unregister(vcc.bell)
+        del self._by_bell[vcc.bell]
         for queue in (self._first, self._awake, self._waiting):
             queue.pop(vcc, None)
         if self._vccs.get(vcc.function.vcm) is vcc:
@@ -131,6 +137,21 @@ class CardServer:
         if not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._turn)
+
+    def hear(self, vcc: "_Vcc") -> None:
+        """Its doorbell is listened to between parts of long work, too."""
+        self._by_bell[vcc.bell] = vcc
+        self._bells.register(vcc.bell, select.EPOLLIN)
+
+    def let_others_in(self) -> None:
+        """Between parts of long work in the loop's thread: who slept and has rung gets its small first turn."""
+        if len(self._vccs) == 1:
+            return
+        for bell, _ in self._bells.poll(0):
+            self._by_bell[bell].rung()
+        for vcc in [vcc for vcc in self._first if vcc.fresh]:
+            del self._first[vcc]
+            self._take_turn(vcc, time.monotonic())
 
     @property
     def busy(self) -> bool:
@@ -145,7 +166,7 @@ class CardServer:
         return self._crowded
 
     def start_lasting(self, work: Work) -> "Future[Any]":
-        return self._lasting.submit(work.run)
+        return self._lasting.submit(work.run, no_pause)
 
     def resume(self) -> None:
         """A job is done: who waited goes on, in the order in which it began to wait."""
@@ -174,17 +195,20 @@ class CardServer:
                 break
             vcc = next(iter(queue))
             del queue[vcc]
-            turn = vcc.serve(now)
-            if turn is _Turn.POLL:
-                self._awake[vcc] = None
-            elif turn is _Turn.WAIT:
-                self._waiting[vcc] = None
+            self._take_turn(vcc, now)
             now = time.monotonic()
         self.engine.awaited = True
         self._finished()  # of a job that ended before that nobody tells
         if self.busy and not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._turn)
+
+    def _take_turn(self, vcc: "_Vcc", now: float) -> None:
+        turn = vcc.serve(now)
+        if turn is _Turn.POLL:
+            self._awake[vcc] = None
+        elif turn is _Turn.WAIT:
+            self._waiting[vcc] = None
 
 
 class _Job:
@@ -196,9 +220,9 @@ class _Job:
         self._result: Any = None
         self._error: Exception | None = None
 
-    def run(self) -> None:
+    def run(self, pause: Pause = no_pause) -> None:
         try:
-            self._result = self._work.run()
+            self._result = self._work.run(pause)
         except Exception as exc:
             self._error = exc
 
@@ -231,7 +255,7 @@ class _Vcc:
         bells: list[int] = []
         try:
             bells += [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
-            self._bell, self._vcm_bell = bells
+            self.bell, self._vcm_bell = bells
             self._memory = vcc_memory.Memory(descriptor)
             sock.setblocking(False)
             socket.send_fds(sock, [b"v"], [descriptor, *bells])
@@ -243,9 +267,15 @@ class _Vcc:
             os.close(descriptor)
         self._device = Device(self._memory)
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._bell, self._rung)
+        loop.add_reader(self.bell, self.rung)
+        server.hear(self)
         loop.add_reader(sock, self.end)  # nothing is ever sent over it: it was closed, or its owner does what it should not
         self._device.sleeps(True)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether its next turn is a first one, which begins nothing that takes long."""
+        return self._slept and not self._under_way
 
     def limit(self, limits: VccLimits) -> None:
         now = time.monotonic()  # who pauses looks again within PAUSE_S
@@ -260,13 +290,13 @@ class _Vcc:
         self._ended = True
         self._server.ended(self)
         loop = asyncio.get_running_loop()
-        loop.remove_reader(self._bell)
+        loop.remove_reader(self.bell)
         loop.remove_reader(self._socket)
         for timer in (self._timer, self._again):
             if timer is not None:
                 timer.cancel()
         self._socket.close()
-        os.close(self._bell)
+        os.close(self.bell)
         os.close(self._vcm_bell)
         if not self._under_way:
             self._memory.close()
@@ -277,9 +307,9 @@ class _Vcc:
         if self._ended and not self._under_way:
             self._memory.close()
 
-    def _rung(self) -> None:
+    def rung(self) -> None:
         with suppress(BlockingIOError):
-            os.eventfd_read(self._bell)
+            os.eventfd_read(self.bell)
         quiet_s = time.monotonic() - self._slept_at + self._poll_s
         self._poll_s = min(2 * self._poll_s, LONGEST_POLL_S) if quiet_s < 2 * LONGEST_POLL_S else POLL_S
         self._wake()
@@ -418,7 +448,7 @@ class _Vcc:
         if engine.free:
             engine.start(job)
             return True
-        job.run()
+        job.run(self._server.let_others_in)
         job.finish()
         return False
 

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Callable
 
 from cipherfleet.computing.engine import Key
-from cipherfleet.computing.engine_memory import Data
+from cipherfleet.computing.engine_memory import Data, Pause
 from cipherfleet.computing.engine_message import Decryptor, Encryptor
 from cipherfleet.computing.engine_stream import Signature, Stream
 from cipherfleet.contract.errors import KeyExhausted, KeyUnknown, LimitReached, OutOfOrder
@@ -119,7 +119,7 @@ class StreamTable:
             raise OutOfOrder("no stream of this vCC has that number", "begin one first")
         return found
 
-    def step(self, number: int, data: Data, into: memoryview | None, *, last: bool) -> Callable[[], Data]:
+    def step(self, number: int, data: Data, into: memoryview | None, *, last: bool) -> Callable[[Pause], Data]:
         """What is to be done with the next part. After the ``last`` one, and after an error, the stream is gone."""
         stream = self.get(number).stream
         try:
@@ -128,7 +128,7 @@ class StreamTable:
             if isinstance(stream, Signature) and stream.holds and not last:
                 self._check_held(len(data))
             work = stream.finish if last else stream.update
-            return lambda: work(data, into)
+            return lambda pause: work(data, into, pause)
         except BaseException:
             self.abort(number)
             raise

@@ -1,13 +1,21 @@
 """Secrets in memory: derived into buffers that can be wiped, and wiped."""
 
 import ctypes
+from collections.abc import Callable
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 Data = bytes | bytearray | memoryview
+Pause = Callable[[], None]
+"""Called between the parts of long data, by work that lets others have their turn meanwhile."""
+PART_BYTES = 128 * 1024
 
 _BYTES_HEADER = bytes.__basicsize__ - 1
+
+
+def no_pause() -> None:
+    """Work to the end."""
 
 
 def wipe(secret: bytes | bytearray) -> None:

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cipherfleet.computing.engine import Key
-from cipherfleet.computing.engine_memory import Data, derive, wipe
+from cipherfleet.computing.engine_memory import PART_BYTES, Data, Pause, derive, no_pause, wipe
 from cipherfleet.contract.algorithms import Kind
 from cipherfleet.contract.ciphertext import HEADER_BYTES, MAX_CHUNKS, SALT_BYTES, TAG_BYTES, Header, chunk_nonce
 from cipherfleet.contract.errors import (
@@ -31,6 +31,7 @@ SEALED_CHUNK_BYTES = CHUNK_BYTES + TAG_BYTES
 MAX_SEALED_BYTES = MAX_DATA_BYTES // CHUNK_BYTES * SEALED_CHUNK_BYTES
 MAX_CONTEXT_BYTES = 4096
 _INFO = b"cipherfleet message v1"
+_PART_CHUNKS = PART_BYTES // CHUNK_BYTES
 
 
 class Aead(Protocol):
@@ -129,13 +130,13 @@ class Encryptor:
         self.first = header.encode()
         self._index = 0
 
-    def update(self, data: Data, into: memoryview | None = None) -> bytearray | memoryview:
+    def update(self, data: Data, into: memoryview | None = None, pause: Pause = no_pause) -> bytearray | memoryview:
         """Whole chunks of plaintext -> as many of ciphertext. Raises ``Malformed`` or ``TooLarge``."""
-        return self.begin(data, into, last=False)()
+        return self.begin(data, into, last=False)(pause)
 
-    def finish(self, data: Data, into: memoryview | None = None) -> bytearray | memoryview:
+    def finish(self, data: Data, into: memoryview | None = None, pause: Pause = no_pause) -> bytearray | memoryview:
         """The rest, at most one chunk."""
-        return self.begin(data, into, last=True)()
+        return self.begin(data, into, last=True)(pause)
 
     def begin(self, data: Data, into: memoryview | None, *, last: bool) -> "Step":
         """``update`` or ``finish``, with its place in the message taken now and its work done by whoever calls the result."""
@@ -147,11 +148,11 @@ class Encryptor:
             raise Malformed(f"a stream is encrypted in chunks of {CHUNK_BYTES} bytes")
         return self._seal(memoryview(data), last=last, into=into)
 
-    def run(self, data: Data, into: memoryview | None = None) -> bytearray | memoryview:
+    def run(self, data: Data, into: memoryview | None = None, pause: Pause = no_pause) -> bytearray | memoryview:
         """A whole message, header and all."""
         if len(data) > MAX_DATA_BYTES:
             raise TooLarge(f"at most {MAX_DATA_BYTES} bytes at a time; longer input is a stream")
-        return self._seal(memoryview(data), last=True, before=self.first, into=into)()
+        return self._seal(memoryview(data), last=True, before=self.first, into=into)(pause)
 
     def close(self) -> None:
         self._aead.close()
@@ -163,13 +164,15 @@ class Encryptor:
             raise TooLarge(f"a message has at most {MAX_CHUNKS} chunks", "split the input")
         self._index += count
 
-        def work() -> bytearray | memoryview:
+        def work(pause: Pause) -> bytearray | memoryview:
             size = len(before) + len(data) + count * TAG_BYTES
             out = into[:size] if into is not None and len(into) >= size else bytearray(size)
             view = memoryview(out)
             view[: len(before)] = before
             position, seal = len(before), self._aead.seal
             for number in range(count):
+                if number and number % _PART_CHUNKS == 0:
+                    pause()
                 chunk = data[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
                 end = position + len(chunk) + TAG_BYTES
                 seal(chunk_nonce(index + number, last=last and number == count - 1), chunk, view[position:end])
@@ -195,15 +198,15 @@ class Decryptor:
         self._aead = message_aead(key, said, context)
         self._index = 0
 
-    def update(self, data: Data, into: memoryview | None = None) -> bytearray:
+    def update(self, data: Data, into: memoryview | None = None, pause: Pause = no_pause) -> bytearray:
         """Whole chunks of ciphertext, none of them the last."""
-        return self.begin(data, into, last=False)()
+        return self.begin(data, into, last=False)(pause)
 
-    def finish(self, data: Data, into: memoryview | None = None) -> bytearray:
+    def finish(self, data: Data, into: memoryview | None = None, pause: Pause = no_pause) -> bytearray:
         """The last chunk. Raises ``CiphertextTruncated`` when the ciphertext ends before it."""
-        return self.begin(data, into, last=True)()
+        return self.begin(data, into, last=True)(pause)
 
-    def begin(self, data: Data, into: memoryview | None, *, last: bool) -> Callable[[], bytearray]:
+    def begin(self, data: Data, into: memoryview | None, *, last: bool) -> Callable[[Pause], bytearray]:
         """As ``Encryptor.begin``; what comes out is never written into ``into``, which others may read."""
         if last and len(data) > SEALED_CHUNK_BYTES:
             raise TooLarge(f"the last chunk has at most {SEALED_CHUNK_BYTES} bytes")
@@ -213,16 +216,16 @@ class Decryptor:
             raise Malformed(f"a stream is decrypted in chunks of {SEALED_CHUNK_BYTES} bytes")
         return self._open(memoryview(data), last=last)
 
-    def run(self, data: Data, into: memoryview | None = None) -> bytearray:
+    def run(self, data: Data, into: memoryview | None = None, pause: Pause = no_pause) -> bytearray:
         """All chunks of a message."""
         if len(data) > MAX_SEALED_BYTES:
             raise TooLarge(f"at most {MAX_SEALED_BYTES} bytes at a time; longer input is a stream")
-        return self._open(memoryview(data), last=True)()
+        return self._open(memoryview(data), last=True)(pause)
 
     def close(self) -> None:
         self._aead.close()
 
-    def _open(self, data: memoryview, *, last: bool) -> Callable[[], bytearray]:
+    def _open(self, data: memoryview, *, last: bool) -> Callable[[Pause], bytearray]:
         count = -(-len(data) // SEALED_CHUNK_BYTES)
         if last and len(data) - max(count - 1, 0) * SEALED_CHUNK_BYTES < TAG_BYTES:
             raise CiphertextTruncated("the ciphertext ends before its last chunk")
@@ -231,10 +234,12 @@ class Decryptor:
             raise CiphertextInvalid(f"a message has at most {MAX_CHUNKS} chunks")
         self._index += count
 
-        def work() -> bytearray:
+        def work(pause: Pause) -> bytearray:
             out = bytearray(len(data) - count * TAG_BYTES)
             view = memoryview(out)
             for number in range(count):
+                if number and number % _PART_CHUNKS == 0:
+                    pause()
                 sealed = data[number * SEALED_CHUNK_BYTES : (number + 1) * SEALED_CHUNK_BYTES]
                 into = view[number * CHUNK_BYTES : (number + 1) * CHUNK_BYTES]
                 final = last and number == count - 1
@@ -269,32 +274,32 @@ class Reencryptor:
         self._source, self._target = source, target
         self.first = target.first
 
-    def update(self, data: Data, into: memoryview | None = None) -> bytearray | memoryview:
-        return self._pass(self._source.update(data), self._target.update, into)
+    def update(self, data: Data, into: memoryview | None = None, pause: Pause = no_pause) -> bytearray | memoryview:
+        return self._pass(self._source.update(data, None, pause), self._target.update, into, pause)
 
-    def finish(self, data: Data, into: memoryview | None = None) -> bytearray | memoryview:
-        return self._pass(self._source.finish(data), self._target.finish, into)
+    def finish(self, data: Data, into: memoryview | None = None, pause: Pause = no_pause) -> bytearray | memoryview:
+        return self._pass(self._source.finish(data, None, pause), self._target.finish, into, pause)
 
-    def run(self, data: Data, into: memoryview | None = None) -> bytearray | memoryview:
-        return self._pass(self._source.run(data), self._target.run, into)
+    def run(self, data: Data, into: memoryview | None = None, pause: Pause = no_pause) -> bytearray | memoryview:
+        return self._pass(self._source.run(data, None, pause), self._target.run, into, pause)
 
     def close(self) -> None:
         self._source.close()
         self._target.close()
 
     @staticmethod
-    def _pass(plaintext: bytearray, encrypt: "_Encrypt", into: memoryview | None) -> bytearray | memoryview:
+    def _pass(plaintext: bytearray, encrypt: "_Encrypt", into: memoryview | None, pause: Pause) -> bytearray | memoryview:
         try:
-            return encrypt(plaintext, into)
+            return encrypt(plaintext, into, pause)
         finally:
             wipe(plaintext)
 
 
-Step = Callable[[], bytearray | memoryview]
+Step = Callable[[Pause], bytearray | memoryview]
 
 
 class _Encrypt(Protocol):
-    def __call__(self, data: Data, into: memoryview | None) -> bytearray | memoryview: ...
+    def __call__(self, data: Data, into: memoryview | None, pause: Pause) -> bytearray | memoryview: ...
 
 
 def wipe_view(view: memoryview) -> None:

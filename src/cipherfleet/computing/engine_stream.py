@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 
 from cipherfleet.computing import engine
 from cipherfleet.computing.engine import Key
-from cipherfleet.computing.engine_memory import Data
+from cipherfleet.computing.engine_memory import PART_BYTES, Data, Pause, no_pause
 from cipherfleet.computing.engine_message import Decryptor, Encryptor, Reencryptor, check_context
 from cipherfleet.contract.algorithms import Kind
 from cipherfleet.contract.errors import MacInvalid, SignatureInvalid, TooLarge
@@ -31,13 +31,13 @@ class Stream(Protocol):
     @property
     def heavy(self) -> bool: ...
 
-    def update(self, data: Data, into: memoryview | None = None) -> Data:
+    def update(self, data: Data, into: memoryview | None = None, pause: Pause = no_pause) -> Data:
         """``into``: where the result may be written, if it is nobody's secret; what is returned is then a view of it."""
         ...
 
-    def finish(self, data: Data, into: memoryview | None = None) -> Data: ...
+    def finish(self, data: Data, into: memoryview | None = None, pause: Pause = no_pause) -> Data: ...
 
-    def run(self, data: Data, into: memoryview | None = None) -> Data: ...
+    def run(self, data: Data, into: memoryview | None = None, pause: Pause = no_pause) -> Data: ...
 
     def close(self) -> None: ...
 
@@ -48,18 +48,28 @@ class _Hashing:
     first = b""
     heavy = False
 
-    def update(self, data: Data, into: memoryview | None = None) -> bytes:
-        self._take(data)
+    def update(self, data: Data, into: memoryview | None = None, pause: Pause = no_pause) -> bytes:
+        self._take_parts(data, pause)
         return b""
 
-    def finish(self, data: Data, into: memoryview | None = None) -> bytes:
-        self._take(data)
+    def finish(self, data: Data, into: memoryview | None = None, pause: Pause = no_pause) -> bytes:
+        self._take_parts(data, pause)
         return self._result()
 
     run = finish
 
     def close(self) -> None:
         return None
+
+    def _take_parts(self, data: Data, pause: Pause) -> None:
+        if len(data) <= PART_BYTES:
+            self._take(data)
+            return
+        view = memoryview(data)
+        for start in range(0, len(view), PART_BYTES):
+            if start:
+                pause()
+            self._take(view[start : start + PART_BYTES])
 
     def _take(self, data: Data) -> None:
         raise NotImplementedError

@@ -19,7 +19,7 @@ from cipherfleet.channel import codec
 from cipherfleet.channel.certificates import public_key_der
 from cipherfleet.computing import card_tables
 from cipherfleet.computing.card_function import Work
-from cipherfleet.computing.engine_memory import wipe
+from cipherfleet.computing.engine_memory import no_pause, wipe
 from cipherfleet.computing.engine_wrap import TransportKeys
 from cipherfleet.contract.algorithms import REGISTRY, Kind
 from cipherfleet.contract.ciphertext import HEADER_BYTES
@@ -411,14 +411,14 @@ def test_a_slow_key_made_for_a_cmk_that_is_gone(function: Function) -> None:
     request = RowRequest(new_key_id(), 1, codec.encode(VersionAttributes("RSA-3072-PSS", 1.0)))
     work = function.inner.execute(Operation.GENERATE, 0, codec.encode(request), b"")
     assert isinstance(work, Work)
-    material = work.run()
+    material = work.run(no_pause)
     function.do(Operation.DROP)
     with pytest.raises(ServiceOff):
         function.inner.complete(work, material)
     assert not any(material)
     function.load_cmk()
     function.renew()
-    material = work.run()
+    material = work.run(no_pause)
     with pytest.raises(ServiceOff):
         function.inner.complete(work, material)
     assert not any(material)

@@ -1,6 +1,7 @@
 """A card between its vCCs: turns by weight, limits set while it runs, engine threads, and what was counted."""
 
 import asyncio
+import hashlib
 import itertools
 import os
 import threading
@@ -15,7 +16,9 @@ from cipherfleet.computing.card_engine import MAX_THREADS, helpers
 from cipherfleet.computing.card_function import Answer, VirtualFunction, Work
 from cipherfleet.computing.card_rates import BUCKETS, Rate, Statistics, bucket
 from cipherfleet.computing.card_server import CardServer, _Vcc
+from cipherfleet.computing.engine_memory import no_pause
 from cipherfleet.computing.vcc_ring import RingCard
+from cipherfleet.contract.ciphertext import HEADER_BYTES
 from cipherfleet.contract.errors import CardUnavailable, LimitReached, ServiceOff, VcmUnknown
 from cipherfleet.contract.ids import VcmId
 from cipherfleet.contract.vcc import Operation, VccLimits, Verb
@@ -54,7 +57,7 @@ class Gate:
 
         def execute(function: VirtualFunction, *request: object) -> Answer | Work:
             answer = real(function, *request)  # type: ignore[arg-type]
-            return answer._replace(run=lambda: self._run(answer)) if isinstance(answer, Work) else answer
+            return answer._replace(run=lambda _: self._run(answer)) if isinstance(answer, Work) else answer
 
         monkeypatch.setattr(VirtualFunction, "execute", execute)
 
@@ -65,7 +68,7 @@ class Gate:
         self.opened.wait(10)
         with self._lock:
             self.running -= 1
-        return work.run()
+        return work.run(no_pause)
 
     async def until(self, running: int) -> None:
         async with asyncio.timeout(5):
@@ -178,6 +181,45 @@ async def test_sleeping_in_between_gains_nothing(monkeypatch: pytest.MonkeyPatch
     assert all(count <= first for count in runs[:3])
     assert max(runs[3:]) > first
     for client, _ in parts:
+        await client.close()
+    server.close()
+
+
+@pytest.mark.parametrize("verb", [Verb.DIGEST, Verb.ENCRYPT])
+async def test_long_work_lets_who_asks_seldom_in(monkeypatch: pytest.MonkeyPatch, verb: Verb) -> None:
+    """Where no thread is free, between the parts of a block of 1 MiB; its own vCC's next request waits, and the result is right."""
+    server = CardServer(card(), 0)
+    (flood, _), (quiet, function) = [await serving(server) for _ in range(2)]
+    handle, data = await generate(flood), os.urandom(1024 * 1024)
+    request = {"parameters": stream(verb, digest="SHA-256" if verb is Verb.DIGEST else ""), "handle": handle, "data": data}
+    digest, order = stream(Verb.DIGEST, digest="SHA-256"), []
+    real, pauses = CardServer.let_others_in, itertools.count()
+    await asyncio.sleep(0.05)
+
+    def let_others_in(server: CardServer) -> None:
+        if next(pauses) == 1:
+            assert quiet._push(Operation.RUN, 0, digest, b"quiet") is not None
+        before = function.operations
+        real(server)
+        if function.operations > before:
+            order.append("quiet")
+
+    monkeypatch.setattr(CardServer, "let_others_in", let_others_in)
+    first, second = (asyncio.create_task(flood.submit(Operation.RUN, **request)) for _ in range(2))  # type: ignore[arg-type]
+    first.add_done_callback(lambda _: order.append("first"))
+    second.add_done_callback(lambda _: order.append("second"))
+    made = (await first).data
+    await second
+    await asyncio.sleep(0)
+    assert order == ["quiet", "first", "second"]
+    if verb is Verb.DIGEST:
+        assert made == hashlib.sha256(data).digest()
+    else:
+        opened = await flood.submit(
+            Operation.RUN, handle=handle, parameters=stream(Verb.DECRYPT, header=made[:HEADER_BYTES]), data=made[HEADER_BYTES:]
+        )
+        assert opened.data == data
+    for client in (flood, quiet):
         await client.close()
     server.close()
 
