@@ -134,6 +134,7 @@ class CardServer:
         """``vcc`` is polled from now on."""
         if vcc not in self._awake:
             self._first[vcc] = None
+        self.heaviest = max(self.heaviest, vcc.limits.weight)
         if not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._turn)
@@ -274,7 +275,7 @@ class _Vcc:
 
     @property
     def fresh(self) -> bool:
-        """Whether its next turn is a first one, which begins nothing that takes long."""
+        """Whether its next turn is a first one, which begins nothing that pauses."""
         return self._slept and not self._under_way
 
     def limit(self, limits: VccLimits) -> None:

@@ -81,14 +81,8 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     return Gate(monkeypatch)
 
 
-# -- turns ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("size", "threads"), [(1024, 0), (100 * 1024, 0), (LONG, 0), (100 * 1024, 1), (LONG, 1)])
-@pytest.mark.parametrize("weight", [1, 3])
-async def test_shares_are_as_the_weights(monkeypatch: pytest.MonkeyPatch, size: int, threads: int, weight: int) -> None:
-    """Two vCCs that always have requests waiting, and which of them the card served."""
-    server = CardServer(card(), threads)
+def runs_of(monkeypatch: pytest.MonkeyPatch) -> list[VcmId]:
+    """Whose requests the card runs from now on, in their order."""
     served: list[VcmId] = []
     real = VirtualFunction.execute
 
@@ -98,6 +92,24 @@ async def test_shares_are_as_the_weights(monkeypatch: pytest.MonkeyPatch, size: 
         return real(function, operation, *request)  # type: ignore[arg-type]
 
     monkeypatch.setattr(VirtualFunction, "execute", execute)
+    return served
+
+
+async def ended(server: CardServer, *clients: RingCard) -> None:
+    for client in clients:
+        await client.close()
+    server.close()
+
+
+# -- turns ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "threads"), [(1024, 0), (100 * 1024, 0), (LONG, 0), (100 * 1024, 1), (LONG, 1)])
+@pytest.mark.parametrize("weight", [1, 3])
+async def test_shares_are_as_the_weights(monkeypatch: pytest.MonkeyPatch, size: int, threads: int, weight: int) -> None:
+    """Two vCCs that always have requests waiting, and which of them the card served."""
+    server = CardServer(card(), threads)
+    served = runs_of(monkeypatch)
     monkeypatch.setattr(card_server, "TURN_S", 1e-6)  # one round, then the clients, on the same loop, fill their rings again
     parts = [await serving(server) for _ in range(2)]
     server.limit(parts[1][1].vcm, VccLimits(weight=weight))
@@ -118,23 +130,13 @@ async def test_shares_are_as_the_weights(monkeypatch: pytest.MonkeyPatch, size: 
     counted = Counter(served[200:1200])
     share = counted[parts[1][1].vcm] / counted[parts[0][1].vcm]
     assert weight * 0.9 <= share <= weight * 1.1
-    for client, _ in parts:
-        await client.close()
-    server.close()
+    await ended(server, *(client for client, _ in parts))
 
 
 async def test_who_asks_seldom_is_served_before_those_who_flood(monkeypatch: pytest.MonkeyPatch) -> None:
     """At most what is served already and one turn come before it, however many flood; with turns in order it would be all of theirs."""
     server = CardServer(card(), 0)
-    served: list[VcmId] = []
-    real = VirtualFunction.execute
-
-    def execute(function: VirtualFunction, operation: int, *request: object) -> Answer | Work:
-        if operation == Operation.RUN:
-            served.append(function.vcm)
-        return real(function, operation, *request)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(VirtualFunction, "execute", execute)
+    served = runs_of(monkeypatch)
     monkeypatch.setattr(card_server, "TURN_S", 1e-6)
     floods, (quiet, function) = [await serving(server) for _ in range(8)], await serving(server)
     digest, data = stream(Verb.DIGEST, digest="SHA-256"), os.urandom(1024)
@@ -150,23 +152,13 @@ async def test_who_asks_seldom_is_served_before_those_who_flood(monkeypatch: pyt
         await quiet.submit(Operation.RUN, parameters=digest, data=data)
     assert len(floods) * 200 - began > 5 * turn  # so much was still waiting
     assert served.index(function.vcm, began) - began <= 2 * turn  # the turn before its doorbell is heard, and the one then begun
-    for client in (quiet, *(client for client, _ in floods)):
-        await client.close()
-    server.close()
+    await ended(server, quiet, *(client for client, _ in floods))
 
 
 async def test_sleeping_in_between_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A first turn is a sixteenth of the others': with what is left of its ring a vCC stands in line behind those that waited."""
     server = CardServer(card(), 0)
-    served: list[VcmId] = []
-    real = VirtualFunction.execute
-
-    def execute(function: VirtualFunction, operation: int, *request: object) -> Answer | Work:
-        if operation == Operation.RUN:
-            served.append(function.vcm)
-        return real(function, operation, *request)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(VirtualFunction, "execute", execute)
+    served = runs_of(monkeypatch)
     parts = [await serving(server) for _ in range(3)]
     digest, data = stream(Verb.DIGEST, digest="SHA-256"), os.urandom(1024)
     await asyncio.sleep(0.05)
@@ -180,9 +172,7 @@ async def test_sleeping_in_between_gains_nothing(monkeypatch: pytest.MonkeyPatch
     assert sum(runs) == 300
     assert all(count <= first for count in runs[:3])
     assert max(runs[3:]) > first
-    for client, _ in parts:
-        await client.close()
-    server.close()
+    await ended(server, *(client for client, _ in parts))
 
 
 @pytest.mark.parametrize("verb", [Verb.DIGEST, Verb.ENCRYPT])
@@ -219,9 +209,30 @@ async def test_long_work_lets_who_asks_seldom_in(monkeypatch: pytest.MonkeyPatch
             Operation.RUN, handle=handle, parameters=stream(Verb.DECRYPT, header=made[:HEADER_BYTES]), data=made[HEADER_BYTES:]
         )
         assert opened.data == data
-    for client in (flood, quiet):
-        await client.close()
-    server.close()
+    await ended(server, flood, quiet)
+
+
+async def test_weight_makes_no_first_turn_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is let into long work brings its weight, and still gets a small turn: a long one would pause, too, and so on."""
+    server = CardServer(card(), 0)
+    (flood, _), (quiet, function) = [await serving(server) for _ in range(2)]
+    server.limit(function.vcm, VccLimits(weight=100))
+    digest, data = stream(Verb.DIGEST, digest="SHA-256"), os.urandom(1024)
+    real, let_in = CardServer.let_others_in, list[int]()
+    await asyncio.sleep(0.05)
+
+    def let_others_in(server: CardServer) -> None:
+        if not let_in:
+            assert all(quiet._push(Operation.RUN, 0, digest, data) for _ in range(100))
+        before = function.operations
+        real(server)
+        let_in.append(function.operations - before)
+
+    monkeypatch.setattr(CardServer, "let_others_in", let_others_in)
+    await flood.submit(Operation.RUN, parameters=digest, data=bytes(1024 * 1024))
+    assert 0 < let_in[0] <= card_server.FIRST_QUANTUM // (card_server.OPERATION_COST + len(data))
+    assert not any(let_in[1:])
+    await ended(server, flood, quiet)
 
 
 # -- limits --------------------------------------------------------------------------------------------------------------
