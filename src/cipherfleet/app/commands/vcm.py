@@ -112,7 +112,8 @@ def limits(
 ) -> None:
     """Show what a VCM may use of its card, or change it from now on: what is not given stays as it is.
 
-    Requests over a rate wait, they are not refused. They go with the VCM to another machine, and the consumer's next VCM begins with them.
+    Requests over a rate wait, they are not refused. The limits go with the VCM to another machine, and the consumer's next VCM begins
+    with them.
     """
     wished = {"operations_s": operations, "bytes_s": bytes_, "depth": depth, "keys": keys, "weight": weight}
     given = {name: value for name, value in wished.items() if value is not None}

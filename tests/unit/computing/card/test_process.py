@@ -70,6 +70,16 @@ async def serve(client: RingCard, consumer: Consumer, handle: CardHandle) -> Non
     await client.submit(Operation.LEASE, parameters=codec.encode(lease))
 
 
+async def in_service(handle: CardHandle) -> tuple[RingCard, Consumer]:
+    """A certified card with one vCC that serves."""
+    await handle.certify(certificate_for(handle))
+    consumer = Consumer()
+    client = RingCard(await handle.attach(VCM, consumer.name))
+    await client.start()
+    await serve(client, consumer, handle)
+    return client, consumer
+
+
 async def test_service_over_a_real_process(handle: CardHandle, tmp_path: Path) -> None:
     assert [(e.role, e.id, e.pid) for e in running(tmp_path / "run")] == [("card", handle.id, handle.pid)]
     assert len(handle.hpke_public_key) == 1184 + 32
@@ -115,11 +125,7 @@ def found_in_memory(pid: int, needles: dict[str, bytes]) -> set[str]:
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to read the memory of another process")
 async def test_dropped_keys_are_nowhere_in_the_cards_memory(handle: CardHandle) -> None:
-    await handle.certify(certificate_for(handle))
-    consumer = Consumer()
-    client = RingCard(await handle.attach(VCM, consumer.name))
-    await client.start()
-    await serve(client, consumer, handle)
+    client, consumer = await in_service(handle)
     wrapping = combine(bytearray(consumer.hsm_share), bytearray(consumer.ukey_share), consumer.name)
     shares = {"HSM share": consumer.hsm_share, "Ukey share": consumer.ukey_share}
     keys = {"wrapping key": bytes(wrapping)}
@@ -161,11 +167,7 @@ async def test_what_a_card_process_gave_up(handle: CardHandle) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to read the memory map of another process")
 async def test_the_memory_of_a_vcc_is_pinned_where_memory_is(handle: CardHandle) -> None:
     """What the card touched of a region stays in memory: no request waits for a disk, no plaintext gets onto one."""
-    await handle.certify(certificate_for(handle))
-    consumer = Consumer()
-    client = RingCard(await handle.attach(VCM, consumer.name))
-    await client.start()
-    await serve(client, consumer, handle)
+    client, _ = await in_service(handle)
     await client.submit(Operation.RANDOM, parameters=codec.encode(RandomRequest(1024 * 1024)))
     areas = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path(f"/proc/{handle.pid}/smaps").read_text(), flags=re.MULTILINE)
     (area,) = (area for area in areas if "memfd:cipherfleet-vcc" in area)

@@ -135,12 +135,7 @@ async def test_what_is_reported_is_what_is_in_force(cell: Cell) -> None:
 async def test_it_is_the_first_process_of_its_own_and_knows_nothing_of_ours(cell: Cell) -> None:
     process = psutil.Process(cell.child.pid)
     assert process.exe() == str(Path(sys.executable).resolve())
-    assert not set(cell.findings.environment) - {
-        "LANG",
-        "MALLOC_ARENA_MAX",
-        "PWD",
-        "LC_CTYPE",
-    }
+    assert not set(cell.findings.environment) - {"LANG", "MALLOC_ARENA_MAX", "PWD", "LC_CTYPE"}
     regular = {fd for fd in cell.findings.descriptors if fd > 2}
     assert cell.inherited <= regular
     if cell.isolation.launcher in ("bubblewrap", "zygote"):
