@@ -6,7 +6,7 @@ import sys
 import typer
 
 from cipherfleet.app import output
-from cipherfleet.app.commands import application, audit, bench, cloud, consumer, data, demo, key, vcm
+from cipherfleet.app.commands import application, audit, backup, bench, cloud, consumer, data, demo, key, vcm
 from cipherfleet.app.options import Wish
 from cipherfleet.channel.process import keep_freed_memory
 from cipherfleet.contract.errors import CipherfleetError
@@ -31,6 +31,7 @@ for command in (data.encrypt, data.decrypt, data.reencrypt, data.sign, data.veri
     app.command()(command)
 app.command()(audit.algorithms)
 app.add_typer(audit.app, name="audit")
+app.add_typer(backup.app, name="backup")
 app.add_typer(bench.app, name="bench")
 app.command()(demo.demo)
 

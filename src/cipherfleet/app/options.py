@@ -11,11 +11,12 @@ import uvloop
 
 from cipherfleet.app.record import default_state
 from cipherfleet.app.wiring import Cloud
-from cipherfleet.contract.errors import FileProblem, PinWrong, TooLarge
+from cipherfleet.contract.errors import FileProblem, PassphraseWrong, PinWrong, TooLarge
 
 T = TypeVar("T")
 
 PIN_BYTES = 4 * 64 + 2
+PASSPHRASE_BYTES = 1024
 SMALL_BYTES = 64 * 1024
 
 
@@ -81,6 +82,29 @@ def read_pin(file: Path | None, *, confirm: bool = False) -> str:
         raise FileProblem(f"cannot read the PIN from {file}: {os.strerror(exc.errno or 0)}") from exc
     except UnicodeDecodeError as exc:
         raise PinWrong(f"the PIN in {file} is not text") from exc
+
+
+def read_passphrase(file: Path | None, *, confirm: bool = False) -> bytearray:
+    """A passphrase (first line, UTF-8) in a buffer that can be wiped; from a file, a descriptor, standard input, or a prompt.
+
+    Raises ``PassphraseWrong`` or ``FileProblem``.
+    """
+    if file is None:
+        if not sys.stdin.isatty():
+            raise PassphraseWrong("no passphrase was given and there is nobody to ask", "give it with --passphrase-file")
+        typed: str = typer.prompt("passphrase", hide_input=True, confirmation_prompt=confirm, err=True)
+        return bytearray(typed.encode())
+    try:
+        if str(file) == "-":
+            raw = sys.stdin.buffer.readline(PASSPHRASE_BYTES)
+        else:
+            with file.open("rb") as source:
+                raw = source.readline(PASSPHRASE_BYTES)
+    except OSError as exc:
+        raise FileProblem(f"cannot read the passphrase from {file}: {os.strerror(exc.errno or 0)}") from exc
+    if len(raw) == PASSPHRASE_BYTES and not raw.endswith(b"\n"):
+        raise PassphraseWrong(f"the passphrase in {file} has more than {PASSPHRASE_BYTES} bytes")
+    return bytearray(raw.rstrip(b"\r\n"))
 
 
 def read_file(path: Path) -> bytes:

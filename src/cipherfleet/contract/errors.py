@@ -369,6 +369,15 @@ class AuditBroken(Tampered):
     code = "audit-broken"
 
 
+class BackupInvalid(Tampered):
+    code = "backup-invalid"
+
+
+class BackupTruncated(Tampered):
+    code = "backup-truncated"
+    default_hint = "the file ends too early; use another copy of it"
+
+
 # -- not now -----------------------------------------------------------------------------------------------------------
 
 
