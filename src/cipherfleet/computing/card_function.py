@@ -19,11 +19,13 @@ from cipherfleet.computing.card_chain import KeyChain
 from cipherfleet.computing.card_lease import Lease, boottime
 from cipherfleet.computing.card_tables import KeyTable, StreamTable
 from cipherfleet.computing.engine import Key
+from cipherfleet.computing.engine_bare import Single
 from cipherfleet.computing.engine_memory import Data, Pause, no_pause, wipe
 from cipherfleet.computing.engine_message import Decryptor, Encryptor
-from cipherfleet.computing.engine_stream import Stream, open_stream
+from cipherfleet.computing.engine_stream import Stream, open_stream, run_batch
 from cipherfleet.contract.algorithms import Algorithm, Kind, algorithm
 from cipherfleet.contract.errors import (
+    CipherfleetError,
     CmkInvalid,
     ForeignConsumer,
     LeaseExpired,
@@ -40,6 +42,10 @@ from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
 from cipherfleet.contract.kmc_api import CardReply
 from cipherfleet.contract.statements import ApplicationStatement, LoginStatement, Signed
 from cipherfleet.contract.vcc import (
+    MAX_BATCH,
+    BatchAnswer,
+    BatchItem,
+    BatchRequest,
     CardDescription,
     CmkDelivery,
     DataKeyRequest,
@@ -146,6 +152,7 @@ class VirtualFunction:
             Operation.FINISH: self._finish,
             Operation.ABORT: self._abort,
             Operation.RUN: self._run,
+            Operation.BATCH: self._batch,
         }
 
     @property
@@ -382,7 +389,9 @@ class VirtualFunction:
         chosen = algorithm(attributes.algorithm)
         if chosen.kind is Kind.DIGEST:
             raise WrongKeyType(f"there are no keys of {chosen.name}")
-        return msgspec.structs.replace(attributes, imported=imported), chosen
+        if attributes.bare and chosen.kind is not Kind.AEAD and not chosen.bare_only:
+            raise WrongKeyType(f"a key of {chosen.name} encrypts nothing, so it cannot be bare")
+        return msgspec.structs.replace(attributes, imported=imported, bare=attributes.bare or chosen.bare_only), chosen
 
     def _make(self, row: RowRequest, attributes: VersionAttributes, chosen: Algorithm, material: Callable[[], bytearray]) -> Answer | Work:
         def keep(made: bytearray) -> Answer:
@@ -394,7 +403,8 @@ class VirtualFunction:
             except BaseException:
                 wipe(made)
                 raise
-            return Answer(value=self._keys.add(Key(row.key, row.version, chosen, made)), parameters=codec.encode(wrapped))
+            key = Key(row.key, row.version, chosen, made, bare=whole.bare)
+            return Answer(value=self._keys.add(key), parameters=codec.encode(wrapped))
 
         return Work(lambda _: material(), keep, self._life, alone=True, lasting=True) if engine.is_slow(chosen) else keep(material())
 
@@ -403,11 +413,12 @@ class VirtualFunction:
         self._keys.check_room()
         material = engine_wrap.unwrap(self._require_chain().wrapping, self.consumer, row)
         try:
-            chosen = algorithm(_version_attributes(row).algorithm)
+            attributes = _version_attributes(row)
+            chosen = algorithm(attributes.algorithm)
         except BaseException:
             wipe(material)
             raise
-        return Answer(value=self._keys.add(Key(row.key, row.version, chosen, material)))
+        return Answer(value=self._keys.add(Key(row.key, row.version, chosen, material, bare=attributes.bare)))
 
     def _unload(self, request: Request) -> Answer:
         self._streams.end_those_of(request.handle)
@@ -460,20 +471,30 @@ class VirtualFunction:
     def _open(self, request: Request) -> tuple[Stream, tuple[int, ...]]:
         """The stream that a request asks for, and the handles of its keys."""
         wanted = _parameters(request, StreamRequest)
+        return open_stream(wanted, *self._keys_of(wanted, request.handle)), _handles(wanted, request.handle)
+
+    def _keys_of(self, wanted: StreamRequest, handle: int) -> tuple[Key | None, Key | None]:
+        """The key of a request, and the one that a re-encryption goes to; a message more is counted under who encrypts it."""
         if wanted.verb is Verb.DIGEST:
-            return open_stream(wanted, None), ()
-        key = self._keys.get(request.handle)
-        if wanted.verb is Verb.REENCRYPT:
-            target = self._keys.get(wanted.target)
-            self._keys.count_message(target)
-            return open_stream(wanted, key, target), (request.handle, wanted.target)
-        if wanted.verb is Verb.ENCRYPT:
-            self._keys.count_message(key)
-        return open_stream(wanted, key), (request.handle,)
+            return None, None
+        key = self._keys.get(handle)
+        target = self._keys.get(wanted.target) if wanted.verb is Verb.REENCRYPT else None
+        if wanted.verb is Verb.ENCRYPT or target is not None:
+            self._keys.count_message(target or key)
+        return key, target
+
+    def _try_keys_of(self, item: BatchItem) -> tuple[Key | None, Key | None] | CipherfleetError:
+        try:
+            return self._keys_of(item.request, item.handle)
+        except CipherfleetError as exc:
+            return exc
 
     def _begin(self, request: Request) -> Answer:
         self._streams.check_room()
         stream, handles = self._open(request)
+        if isinstance(stream, Single):
+            stream.close()
+            raise Unsupported("this is done at once and is no stream", "give all of the data in one request")
         return Answer(value=self._streams.add(stream, handles), data=stream.first)
 
     def _update(self, request: Request) -> Answer | Work:
@@ -523,14 +544,39 @@ class VirtualFunction:
         finally:
             stream.close()
 
+    def _batch(self, request: Request) -> Work:
+        """Many short operations for one request: each has its own answer or error."""
+        wanted = _parameters(request, BatchRequest)
+        if not 1 <= len(wanted.items) <= MAX_BATCH:
+            raise Malformed(f"a batch has 1 to {MAX_BATCH} items")
+        lengths = [item.length for item in wanted.items]
+        if min(lengths) < 0 or sum(lengths) != len(request.data):
+            raise Malformed("the lengths of a batch's items do not make up its data")
+        keys = [self._try_keys_of(item) for item in wanted.items]
+        data = request.data
+
+        def keep(made: tuple[BatchAnswer, bytearray]) -> Answer:
+            return Answer(parameters=codec.encode(made[0]), data=made[1])
+
+        return Work(lambda pause: run_batch(wanted.items, keys, data, pause), keep, self._life, alone=True)
+
     @staticmethod
     def _is_long(stream: Stream, request: Request) -> bool:
         return len(request.data) >= LONG_BYTES or stream.heavy
 
 
+def _handles(wanted: StreamRequest, handle: int) -> tuple[int, ...]:
+    if wanted.verb is Verb.DIGEST:
+        return ()
+    return (handle, wanted.target) if wanted.verb is Verb.REENCRYPT else (handle,)
+
+
 def _destroy(result: object) -> None:
     """Wipe what nobody may have."""
-    if isinstance(result, bytearray):
+    if isinstance(result, tuple):
+        for part in result:
+            _destroy(part)
+    elif isinstance(result, bytearray):
         wipe(result)
     elif isinstance(result, memoryview):
         result[:] = bytes(len(result))

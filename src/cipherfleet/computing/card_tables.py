@@ -6,7 +6,8 @@ from collections.abc import Callable
 from cipherfleet.computing.engine import Key
 from cipherfleet.computing.engine_memory import Data, Pause
 from cipherfleet.computing.engine_message import Decryptor, Encryptor
-from cipherfleet.computing.engine_stream import Signature, Stream
+from cipherfleet.computing.engine_signature import Signature
+from cipherfleet.computing.engine_stream import Stream
 from cipherfleet.contract.errors import KeyExhausted, KeyUnknown, LimitReached, OutOfOrder
 from cipherfleet.contract.ids import KeyId
 from cipherfleet.contract.vcc import MAX_STREAMS

@@ -1,7 +1,7 @@
 """Encrypting and decrypting messages in the format of ``contract.ciphertext``: a key per message, a nonce per chunk.
 
-What a decryptor gives out has been authenticated, chunk by chunk, as *this* chunk of *this* message. SP 800-38D (GCM),
-RFC 8998 (SM4-GCM), RFC 5869 (HKDF), Hoang, Reyhanitabar, Rogaway, Vizár 2015 (STREAM).
+What a decryptor gives out has been authenticated, chunk by chunk, as *this* chunk of *this* message. RFC 5869 (HKDF; SM4's
+with SM3), Hoang, Reyhanitabar, Rogaway, Vizár 2015 (STREAM).
 """
 
 import hashlib
@@ -11,10 +11,9 @@ from typing import Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cipherfleet.computing.engine import Key
+from cipherfleet.computing.engine_aead import Aead, aead_of
 from cipherfleet.computing.engine_memory import PART_BYTES, Data, Pause, derive, no_pause, wipe
 from cipherfleet.contract.algorithms import Kind
 from cipherfleet.contract.ciphertext import HEADER_BYTES, MAX_CHUNKS, SALT_BYTES, TAG_BYTES, Header, chunk_nonce
@@ -24,6 +23,7 @@ from cipherfleet.contract.errors import (
     CiphertextTruncated,
     Malformed,
     TooLarge,
+    WrongKeyType,
 )
 from cipherfleet.contract.vcc import CHUNK_BYTES, MAX_DATA_BYTES
 
@@ -32,75 +32,6 @@ MAX_SEALED_BYTES = MAX_DATA_BYTES // CHUNK_BYTES * SEALED_CHUNK_BYTES
 MAX_CONTEXT_BYTES = 4096
 _INFO = b"cipherfleet message v1"
 _PART_CHUNKS = PART_BYTES // CHUNK_BYTES
-
-
-class Aead(Protocol):
-    """One key of an AEAD with 12-byte nonces and 16-byte tags, writing into the caller's buffer."""
-
-    def seal(self, nonce: bytes, plaintext: memoryview, into: memoryview) -> None: ...
-
-    def open(self, nonce: bytes, sealed: memoryview, into: memoryview) -> None:
-        """Raises ``InvalidTag``, and leaves zeros in ``into`` then."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class AesGcm:
-    """AES-GCM (SP 800-38D). Takes ``key`` over."""
-
-    def __init__(self, key: bytearray) -> None:
-        self._aead: AESGCM | None = AESGCM(key)
-        wipe(key)
-
-    def seal(self, nonce: bytes, plaintext: memoryview, into: memoryview) -> None:
-        self._open().encrypt_into(nonce, plaintext, None, into)
-
-    def open(self, nonce: bytes, sealed: memoryview, into: memoryview) -> None:
-        try:
-            self._open().decrypt_into(nonce, sealed, None, into)
-        except InvalidTag:
-            into[:] = bytes(len(into))
-            raise
-
-    def close(self) -> None:
-        self._aead = None
-
-    def _open(self) -> AESGCM:
-        if self._aead is None:
-            raise RuntimeError("the message key is gone")
-        return self._aead
-
-
-class Sm4Gcm:
-    """SM4-GCM (GB/T 32907, RFC 8998). Takes ``key`` over."""
-
-    def __init__(self, key: bytearray) -> None:
-        self._key = key
-
-    def seal(self, nonce: bytes, plaintext: memoryview, into: memoryview) -> None:
-        context = Cipher(self._algorithm(), modes.GCM(nonce)).encryptor()
-        context.update_into(plaintext, into[: len(plaintext)])
-        context.finalize()
-        into[len(plaintext) :] = context.tag
-
-    def open(self, nonce: bytes, sealed: memoryview, into: memoryview) -> None:
-        context = Cipher(self._algorithm(), modes.GCM(nonce)).decryptor()
-        context.update_into(sealed[: len(into)], into)
-        try:
-            context.finalize_with_tag(bytes(sealed[len(into) :]))
-        except InvalidTag:
-            into[:] = bytes(len(into))
-            raise
-
-    def close(self) -> None:
-        wipe(self._key)
-        self._key = bytearray()
-
-    def _algorithm(self) -> algorithms.SM4:
-        if not self._key:
-            raise RuntimeError("the message key is gone")
-        return algorithms.SM4(self._key)  # type: ignore[arg-type]  # takes any buffer, its stub says less
 
 
 def check_context(context: bytes) -> None:
@@ -112,11 +43,12 @@ def check_context(context: bytes) -> None:
 def message_aead(key: Key, header: Header, context: bytes) -> Aead:
     """The key of one message. Raises ``WrongKeyType`` or ``TooLarge``."""
     key.require(Kind.AEAD)
+    if key.bare:
+        raise WrongKeyType(f"key {key.id} is a bare one and has no messages")
     check_context(context)
     info = _INFO + header.encode() + hashlib.sha256(context).digest()
-    if key.algorithm.name == "SM4-GCM":
-        return Sm4Gcm(derive(key.secret, salt=header.salt, info=info, length=16, hash_=hashes.SM3()))
-    return AesGcm(derive(key.secret, salt=header.salt, info=info, length=32))
+    hash_ = hashes.SM3() if key.algorithm.family == "SM4" else hashes.SHA256()
+    return aead_of(key.algorithm, derive(key.secret, salt=header.salt, info=info, length=key.algorithm.key_bits // 8, hash_=hash_))
 
 
 class Encryptor:

@@ -1,25 +1,26 @@
 """The verbs: what a stream of data becomes, from BEGIN over UPDATE to FINISH, or all at once."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives import hashes, hmac
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
-from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
+from cryptography.hazmat.primitives.asymmetric import mlkem
 
-from cipherfleet.computing import engine
-from cipherfleet.computing.engine import Key
-from cipherfleet.computing.engine_memory import PART_BYTES, Data, Pause, no_pause
+from cipherfleet.computing import engine_keys
+from cipherfleet.computing.engine import DIGESTS, Key
+from cipherfleet.computing.engine_bare import BlockStream, Single, open_bare
+from cipherfleet.computing.engine_keys import take
+from cipherfleet.computing.engine_memory import Data, Pause, derive, no_pause, wipe
 from cipherfleet.computing.engine_message import Decryptor, Encryptor, Reencryptor, check_context
+from cipherfleet.computing.engine_signature import Digest, Mac, Signature
 from cipherfleet.contract.algorithms import Kind
-from cipherfleet.contract.errors import MacInvalid, SignatureInvalid, TooLarge
-from cipherfleet.contract.vcc import StreamRequest, Verb
+from cipherfleet.contract.errors import CipherfleetError, CiphertextInvalid, Malformed, SharedSecretZero, TooLarge, WrongKeyType
+from cipherfleet.contract.vcc import BatchAnswer, BatchItem, BatchResult, StreamRequest, Verb
 
-MAX_WHOLE_MESSAGE_BYTES = 1024 * 1024
-"""Ed25519 signs whole messages (RFC 8032 reads the message twice), so they are held in the card."""
-
-_SHA256 = hashes.SHA256()
-_PSS = padding.PSS(padding.MGF1(_SHA256), padding.PSS.DIGEST_LENGTH)
+MAX_DERIVED_BYTES = 4096
+MAX_BATCH_ANSWER_BYTES = 2 * 1024 * 1024
+MAX_SALT_BYTES = 1024
+BATCH_PART = 4
+"""Items between two pauses."""
 
 
 class Stream(Protocol):
@@ -42,172 +43,147 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
-class _Hashing:
-    """Streams that take data in and give one result at the end."""
-
-    first = b""
-    heavy = False
-
-    def update(self, data: Data, into: memoryview | None = None, pause: Pause = no_pause) -> bytes:
-        self._take_parts(data, pause)
-        return b""
-
-    def finish(self, data: Data, into: memoryview | None = None, pause: Pause = no_pause) -> bytes:
-        self._take_parts(data, pause)
-        return self._result()
-
-    run = finish
-
-    def close(self) -> None:
-        return None
-
-    def _take_parts(self, data: Data, pause: Pause) -> None:
-        if len(data) <= PART_BYTES:
-            self._take(data)
-            return
-        view = memoryview(data)
-        for start in range(0, len(view), PART_BYTES):
-            if start:
-                pause()
-            self._take(view[start : start + PART_BYTES])
-
-    def _take(self, data: Data) -> None:
-        raise NotImplementedError
-
-    def _result(self) -> bytes:
-        raise NotImplementedError
-
-
-class Digest(_Hashing):
-    def __init__(self, name: str) -> None:
-        self._hash = engine.digest(name)
-
-    def _take(self, data: Data) -> None:
-        self._hash.update(data)
-
-    def _result(self) -> bytes:
-        return self._hash.finalize()
-
-
-class Mac(_Hashing):
-    """HMAC-SHA-256 (FIPS 198-1): makes the MAC, or checks ``expected`` in constant time and gives nothing."""
-
-    def __init__(self, key: Key, expected: bytes | None = None) -> None:
-        key.require(Kind.MAC)
-        self._hmac: hmac.HMAC | None = hmac.HMAC(key.secret, _SHA256)
-        self._expected = expected
-
-    def _take(self, data: Data) -> None:
-        self._running().update(data)
-
-    def _result(self) -> bytes:
-        running = self._running()
-        if self._expected is None:
-            return running.finalize()
-        try:
-            running.verify(self._expected)
-        except InvalidSignature as exc:
-            raise MacInvalid("the MAC is not of this data and key") from exc
-        return b""
-
-    def close(self) -> None:
-        self._hmac = None
-
-    def _running(self) -> hmac.HMAC:
-        if self._hmac is None:
-            raise RuntimeError("the key of this stream is gone")
-        return self._hmac
-
-
-class Signature(_Hashing):
-    """RSA-PSS, ECDSA (DER) or Ed25519: makes the signature, or checks ``expected`` and gives nothing."""
-
-    def __init__(self, key: Key, expected: bytes | None = None) -> None:
-        key.require(Kind.SIGNATURE)
-        self._key: engine.PrivateKey | None = key.private
-        self._expected = expected
-        self._whole = bytearray()
-        self.heavy = isinstance(key.private, rsa.RSAPrivateKey)
-        self._hash = None if isinstance(key.private, ed25519.Ed25519PrivateKey) else engine.digest(key.algorithm.digest)
-
-    @property
-    def holds(self) -> bool:
-        """Whether the message is held whole until FINISH."""
-        return self._hash is None
-
-    @property
-    def held_bytes(self) -> int:
-        """How much of the message is held in the card's memory."""
-        return len(self._whole)
-
-    def close(self) -> None:
-        self._key = None
-        self._whole.clear()
-
-    def _take(self, data: Data) -> None:
-        if self._hash is not None:
-            self._hash.update(data)
-            return
-        if len(self._whole) + len(data) > MAX_WHOLE_MESSAGE_BYTES:
-            raise TooLarge(
-                f"Ed25519 signs messages of at most {MAX_WHOLE_MESSAGE_BYTES} bytes", "sign the digest of the data, or choose ECDSA-P-256"
-            )
-        self._whole += data
-
-    def _result(self) -> bytes:
-        key, message = self._key, self._hash.finalize() if self._hash is not None else bytes(self._whole)
-        if key is None:
-            raise RuntimeError("the key of this stream is gone")
-        if self._expected is None:
-            return _sign(key, message)
-        try:
-            _check(key, self._expected, message)
-        except InvalidSignature as exc:
-            raise SignatureInvalid("the signature is not of this data and key") from exc
-        return b""
-
-
-def _sign(key: engine.PrivateKey, message: bytes) -> bytes:
-    if isinstance(key, rsa.RSAPrivateKey):
-        return key.sign(message, _PSS, Prehashed(_SHA256))
-    if isinstance(key, ec.EllipticCurvePrivateKey):
-        return key.sign(message, ec.ECDSA(Prehashed(_SHA256)))
-    return key.sign(message)
-
-
-def _check(key: engine.PrivateKey, signature: bytes, message: bytes) -> None:
-    if isinstance(key, rsa.RSAPrivateKey):
-        key.public_key().verify(signature, message, _PSS, Prehashed(_SHA256))
-    elif isinstance(key, ec.EllipticCurvePrivateKey):
-        key.public_key().verify(signature, message, ec.ECDSA(Prehashed(_SHA256)))
-    else:
-        key.public_key().verify(signature, message)
-
-
 def open_stream(request: StreamRequest, key: Key | None, target: Key | None = None) -> Stream:
     """The stream of a request. ``key`` is there for every verb but DIGEST, ``target`` for REENCRYPT.
 
-    Raises ``WrongKeyType``, ``AlgorithmUnknown``, ``TooLarge`` or a ciphertext error.
+    Raises ``WrongKeyType``, ``AlgorithmUnknown``, ``Malformed``, ``TooLarge`` or a ciphertext error.
     """
     check_context(request.context)
     if request.verb is Verb.DIGEST:
-        return Digest(request.digest)
+        return Digest(request.digest, request.length)
     if key is None:
         raise RuntimeError(f"{request.verb} needs a key")
     match request.verb:
-        case Verb.ENCRYPT:
-            return Encryptor(key, request.context)
-        case Verb.DECRYPT:
-            return Decryptor(key, request.header, request.context)
+        case Verb.ENCRYPT | Verb.DECRYPT:
+            return _cipher(request, key)
         case Verb.REENCRYPT:
             if target is None:
                 raise RuntimeError("re-encryption needs a second key")
             return Reencryptor(Decryptor(key, request.header, request.context), Encryptor(target, request.target_context))
         case Verb.SIGN:
-            return Signature(key)
+            return Signature(key, None, request)
         case Verb.VERIFY:
-            return Signature(key, request.signature)
+            return Signature(key, request.signature, request)
         case Verb.MAC:
             return Mac(key)
         case Verb.VERIFY_MAC:
             return Mac(key, request.signature)
+        case Verb.AGREE:
+            return _agreement(request, key)
+        case Verb.ENCAPSULATE | Verb.DECAPSULATE:
+            return _encapsulation(key, encapsulate=request.verb is Verb.ENCAPSULATE)
+        case Verb.DERIVE:
+            return _derivation(request, key)
+
+
+def _cipher(request: StreamRequest, key: Key) -> Encryptor | Decryptor | Single | BlockStream:
+    encrypt = request.verb is Verb.ENCRYPT
+    if key.bare:
+        return open_bare(request, key, encrypt=encrypt)
+    return Encryptor(key, request.context) if encrypt else Decryptor(key, request.header, request.context)
+
+
+def _check_derived(request: StreamRequest) -> None:
+    if request.length > MAX_DERIVED_BYTES or len(request.salt) > MAX_SALT_BYTES:
+        raise TooLarge(f"at most {MAX_DERIVED_BYTES} bytes are derived, with a salt of at most {MAX_SALT_BYTES}")
+
+
+def _agreement(request: StreamRequest, key: Key) -> Single:
+    """SP 800-56A, RFC 7748; through HKDF-SHA-256 (SP 800-56C) when a length is asked for."""
+    key.require(Kind.KEY_AGREEMENT)
+    _check_derived(request)
+    if request.length < 0 or (not request.length and (request.salt or request.context)):
+        raise Malformed("salt and context are for a length that is derived")
+
+    def work(data: Data) -> bytearray:
+        if key.private is None or len(data):
+            raise Malformed("an agreement takes the other side's public key and no data")
+        try:
+            secret = take(engine_keys.agree(key.private, request.peer))
+        except ValueError as exc:
+            raise SharedSecretZero("the other side's public key is a point of low order") from exc
+        if not any(secret):
+            raise SharedSecretZero("the shared secret is all zero")
+        if not request.length:
+            return secret
+        try:
+            return derive(secret, salt=request.salt, info=request.context, length=request.length)
+        finally:
+            wipe(secret)
+
+    return Single(work)
+
+
+def _encapsulation(key: Key, *, encapsulate: bool) -> Single:
+    """FIPS 203. Encapsulated: shared secret (32) || ciphertext."""
+    key.require(Kind.KEM)
+    private = key.private
+    if not isinstance(private, mlkem.MLKEM768PrivateKey | mlkem.MLKEM1024PrivateKey):
+        raise WrongKeyType(f"{key.algorithm.name} is no KEM of ours")
+
+    def work(data: Data) -> bytearray:
+        if encapsulate:
+            if len(data):
+                raise Malformed("encapsulating takes no data")
+            secret, ciphertext = private.public_key().encapsulate()
+            return take(secret) + ciphertext
+        try:
+            return take(private.decapsulate(bytes(data)))
+        except ValueError as exc:
+            raise CiphertextInvalid(f"that is no ciphertext of {key.algorithm.name}") from exc
+
+    return Single(work)
+
+
+def _derivation(request: StreamRequest, key: Key) -> Single:
+    """HKDF (RFC 5869): ``length`` bytes from the key, salt and context (the info)."""
+    key.require(Kind.KEY_DERIVATION)
+    _check_derived(request)
+    if request.length < 1:
+        raise Malformed("a derivation says how many bytes it wants")
+
+    def work(data: Data) -> bytearray:
+        if len(data):
+            raise Malformed("a derivation takes no data")
+        return derive(key.secret, salt=request.salt, info=request.context, length=request.length, hash_=DIGESTS[key.algorithm.digest])
+
+    return Single(work)
+
+
+Keys = tuple[Key | None, Key | None]
+
+
+def run_batch(
+    items: Sequence[BatchItem], keys: Sequence[Keys | CipherfleetError], data: Data, pause: Pause
+) -> tuple[BatchAnswer, bytearray]:
+    """Each item as RUN would; the results one after the other. What one item meets concerns no other."""
+    view, results, out = memoryview(data), [], bytearray()
+    at = 0
+    for number, (item, theirs) in enumerate(zip(items, keys, strict=True)):
+        if number and number % BATCH_PART == 0:
+            pause()
+        part, at = view[at : at + item.length], at + item.length
+        try:
+            if isinstance(theirs, CipherfleetError):
+                raise theirs
+            made = _run(item.request, theirs, part, pause)
+            if len(out) + len(made) > MAX_BATCH_ANSWER_BYTES:
+                raise TooLarge(
+                    f"the answers of a batch have at most {MAX_BATCH_ANSWER_BYTES} bytes", "ask again for the items that are left"
+                )
+        except CipherfleetError as exc:
+            results.append(BatchResult(error=exc.to_reply().error))
+            continue
+        out += made
+        results.append(BatchResult(len(made)))
+        if isinstance(made, bytearray):
+            wipe(made)
+    return BatchAnswer(tuple(results)), out
+
+
+def _run(request: StreamRequest, keys: Keys, data: memoryview, pause: Pause) -> Data:
+    stream = open_stream(request, *keys)
+    try:
+        return stream.run(data, None, pause)
+    finally:
+        stream.close()

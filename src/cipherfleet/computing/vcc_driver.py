@@ -10,7 +10,8 @@ Data = bytes | bytearray | memoryview
 
 ANSWER_BYTES = 8 * 1024
 """Room for an answer that is no longer than the request: a few parameters, an error, a header and tags."""
-_ANSWER_BYTES = {Operation.RANDOM: 1024 * 1024 + ANSWER_BYTES}
+_ANSWER_BYTES = {Operation.RANDOM: 1024 * 1024 + ANSWER_BYTES, Operation.BATCH: 2 * 1024 * 1024 + 32 * ANSWER_BYTES}
+_SHORT_BYTES = 4 * 1024
 _UNIT_BYTES = 256
 
 
@@ -97,7 +98,9 @@ class Driver:
             region[data_at:room_at] = data
         request = Descriptor(operation, number, handle, at, parameter_bytes, data_at, data_bytes, room_at, room_bytes)
         self._memory.submissions[submission(self._submitted)] = request.encode()
-        self._under_way[number] = _Place(at, size, room_at, room_bytes, operation is Operation.DATA_KEY)
+        # what is agreed on, derived, unwrapped or made as a data key is short
+        secret = operation in (Operation.DATA_KEY, Operation.BATCH) or (operation is Operation.RUN and data_bytes <= _SHORT_BYTES)
+        self._under_way[number] = _Place(at, size, room_at, room_bytes, secret)
         self._submitted = (self._submitted + 1) & WORD
         self._memory.publish(Counter.SUBMITTED, self._submitted)
         return True

@@ -124,6 +124,25 @@ class KeyMaterialInvalid(BadInput):
     code = "key-material-invalid"
 
 
+class ExponentWeak(KeyMaterialInvalid):
+    """An RSA key whose public exponent is even, or below 65537 (FIPS 186-5, section 5.1)."""
+
+    code = "rsa-exponent-weak"
+    default_hint = "FIPS 186-5 asks for an odd exponent of 65537 or more"
+
+
+class PublicKeyInvalid(BadInput):
+    """Somebody's public key is none: no point of the curve, of another curve, or not to be read."""
+
+    code = "public-key-invalid"
+
+
+class SharedSecretZero(BadInput):
+    """A point of low order was given: what would be agreed on is known to everybody (RFC 7748, section 6)."""
+
+    code = "shared-secret-zero"
+
+
 class AlgorithmUnknown(BadInput):
     code = "algorithm-unknown"
     default_hint = "see: cipherfleet algorithms"
@@ -325,6 +344,12 @@ class SignatureInvalid(Tampered):
 
 class MacInvalid(Tampered):
     code = "mac-invalid"
+
+
+class TagTooShort(Tampered):
+    """A MAC or authentication tag was cut: a short one is guessed soon (SP 800-107, section 5.3.3)."""
+
+    code = "tag-too-short"
 
 
 class EscrowRowTampered(Tampered):

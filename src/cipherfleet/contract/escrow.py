@@ -45,13 +45,15 @@ class KeyAttributes(msgspec.Struct, frozen=True):
 class VersionAttributes(msgspec.Struct, frozen=True):
     """Row version 1, 2, ...: one generation of key material. ``public_key`` is SubjectPublicKeyInfo DER, or empty.
 
-    ``imported``: it was not made in a card. Both are the card's word.
+    ``imported``: it was not made in a card. Both are the card's word. ``bare``: what it encrypts is
+    what the standard says, not a message of ours.
     """
 
     algorithm: str
     created_at: float
     public_key: bytes = b""
     imported: bool = False
+    bare: bool = False
 
 
 class EscrowRow(msgspec.Struct, frozen=True):

@@ -92,6 +92,7 @@ class Right(StrEnum):
     SIGN = "sign"
     VERIFY = "verify"
     MAC = "mac"
+    DERIVE = "derive"
     DIGEST = "digest"
     RANDOM = "random"
 

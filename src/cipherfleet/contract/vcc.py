@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple, Protocol
 import msgspec
 from msgspec import Meta
 
-from cipherfleet.contract.errors import Malformed
+from cipherfleet.contract.errors import ErrorBody, Malformed
 from cipherfleet.contract.ids import CardId, ConsumerId, KeyId, VcmId
 
 CHUNK_BYTES = 64 * 1024
@@ -22,6 +22,7 @@ MAX_DATA_BYTES = 4 * 1024 * 1024
 MAX_SUBMIT_BYTES = MAX_DATA_BYTES + 64 * 1024  # a whole ciphertext of MAX_DATA_BYTES
 MAX_PARAMETER_BYTES = 256 * 1024
 MAX_STREAMS = 256
+MAX_BATCH = 1000
 
 
 class Operation(IntEnum):
@@ -49,6 +50,7 @@ class Operation(IntEnum):
     ABORT = 19  # stream in ``handle``
     RUN = 20  # handle, StreamRequest, data -> data: everything at once
     IMPORT = 21  # ImportRequest -> as GENERATE
+    BATCH = 22  # BatchRequest, data of all items -> parameters: BatchAnswer; data: the results, one after the other
 
 
 class Verb(StrEnum):
@@ -62,6 +64,10 @@ class Verb(StrEnum):
     MAC = "mac"
     VERIFY_MAC = "verify-mac"
     DIGEST = "digest"
+    AGREE = "agree"
+    ENCAPSULATE = "encapsulate"
+    DECAPSULATE = "decapsulate"
+    DERIVE = "derive"
 
 
 class StreamRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -69,15 +75,50 @@ class StreamRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
     ``UPDATE`` of cipher verbs takes whole chunks: ``CHUNK_BYTES`` of plaintext, or ``CHUNK_BYTES + 16`` of ciphertext, any
     number of them up to ``MAX_DATA_BYTES``; ``FINISH`` takes the rest (at most one chunk; ciphertext: at least 16 bytes).
+
+    A *bare* key (``VersionAttributes.bare``, and every key of an algorithm that has no messages) gives and takes what its standard
+    says and no more: ``IV || ciphertext || tag``. Bare AEAD, key wrap, public-key encryption, agreement, KEM and derivation
+    are ``RUN`` alone; bare CBC and CTR are streams of any length.
     """
 
     verb: Verb
-    context: bytes = b""  # authenticated with every chunk, not stored (at most 4 KiB)
+    context: bytes = b""
+    """At most 4 KiB, not stored. Messages and bare AEAD: authenticated. XTS: the 16-byte tweak. OAEP: label. HPKE, DERIVE, AGREE:
+    info. ML-DSA: context string (255 bytes). SM2 signatures: the signer's id, if not the usual one."""
     header: bytes = b""  # DECRYPT, REENCRYPT: the ciphertext's first HEADER_BYTES
     signature: bytes = b""  # VERIFY, VERIFY_MAC: what to check
-    digest: str = ""  # DIGEST: algorithm name
+    digest: str = ""  # DIGEST: algorithm name; signatures and OAEP: one of the algorithm's ``digests``, if not the default
+    prehashed: bool = False  # SIGN, VERIFY: data is the digest itself
+    length: int = 0  # DIGEST of SHAKE, DERIVE: bytes wanted; AGREE: of HKDF-SHA-256 over the shared secret, 0: the secret itself
+    salt: bytes = b""  # DERIVE, AGREE
+    peer: bytes = b""  # AGREE: the other side's public key, SubjectPublicKeyInfo DER
     target: int = 0  # REENCRYPT: handle of the new key
     target_context: bytes = b""
+
+
+class BatchItem(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One item of BATCH: as RUN, with ``length`` bytes of the data."""
+
+    request: StreamRequest
+    handle: int = 0
+    length: int = 0
+
+
+class BatchRequest(msgspec.Struct, frozen=True):
+    """Parameters of BATCH: 1 to ``MAX_BATCH`` items."""
+
+    items: tuple[BatchItem, ...]
+
+
+class BatchResult(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``length`` bytes of the answer's data, or why there are none."""
+
+    length: int = 0
+    error: ErrorBody | None = None
+
+
+class BatchAnswer(msgspec.Struct, frozen=True):
+    results: tuple[BatchResult, ...]
 
 
 class RowRequest(msgspec.Struct, frozen=True):

@@ -14,9 +14,10 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from cipherfleet.computing.engine import Key
+from cipherfleet.computing.engine_aead import aead_of
 from cipherfleet.computing.engine_memory import derive
-from cipherfleet.computing.engine_message import AesGcm, Decryptor, Sm4Gcm
-from cipherfleet.computing.engine_stream import Digest, Mac, Signature
+from cipherfleet.computing.engine_message import Decryptor
+from cipherfleet.computing.engine_signature import Digest, Mac, Signature
 from cipherfleet.contract.algorithms import algorithm
 from cipherfleet.contract.ciphertext import HEADER_BYTES
 from cipherfleet.contract.errors import SignatureInvalid
@@ -49,10 +50,10 @@ def test_aes_256_gcm_sp800_38d() -> None:
             continue
         key, nonce, plaintext = (bytes.fromhex(r[n]) for n in ("Key", "IV", "PT"))
         sealed = bytearray(len(plaintext) + 16)
-        AesGcm(bytearray(key)).seal(nonce, memoryview(plaintext), memoryview(sealed))
+        aead_of(algorithm("AES-256-GCM"), bytearray(key)).seal(nonce, memoryview(plaintext), memoryview(sealed))
         assert sealed.hex() == r["CT"] + r["Tag"]
         opened = bytearray(len(plaintext))
-        AesGcm(bytearray(key)).open(nonce, memoryview(sealed), memoryview(opened))
+        aead_of(algorithm("AES-256-GCM"), bytearray(key)).open(nonce, memoryview(sealed), memoryview(opened))
         assert opened == plaintext
         count += 1
     assert count >= 60
@@ -87,7 +88,7 @@ def test_sm4_gcm_rfc8998() -> None:
     key, nonce, aad, plaintext = (bytes.fromhex(r[n]) for n in ("KEY", "IV", "AAD", "PLAINTEXT"))
     assert ghash_tag(key, nonce, aad, bytes.fromhex(r["CIPHERTEXT"])).hex() == r["TAG"]
     sealed = bytearray(len(plaintext) + 16)
-    cipher = Sm4Gcm(bytearray(key))
+    cipher = aead_of(algorithm("SM4-GCM"), bytearray(key))
     cipher.seal(nonce, memoryview(plaintext), memoryview(sealed))
     assert sealed[:-16].hex() == r["CIPHERTEXT"]
     assert bytes(sealed[-16:]) == ghash_tag(key, nonce, b"", bytes(sealed[:-16]))
