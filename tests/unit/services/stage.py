@@ -1,45 +1,41 @@
 """A VCM for the tests: the real channel, the real card engine under a real lease, keys in memory, real certificates."""
 
 import secrets
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 from typing import Any
 
 import aiohttp
-import msgspec
 
 from cipherfleet import Client
 from cipherfleet.channel import codec, signing, tls
-from cipherfleet.channel.certificates import Credentials, new_key
+from cipherfleet.channel.certificates import Credentials, new_key, public_key_der
 from cipherfleet.channel.sealing import TrustedCard, share_info
 from cipherfleet.channel.server import Server
 from cipherfleet.computing import engine_wrap
 from cipherfleet.computing.card_function import VirtualFunction
+from cipherfleet.computing.vcm_escrow import Escrow
+from cipherfleet.computing.vcm_keys import Keys
 from cipherfleet.computing.vcm_process import KEEPALIVE_TIMEOUT_S, MAX_PER_CERTIFICATE
-from cipherfleet.contract.algorithms import algorithm
 from cipherfleet.contract.errors import (
     ApplicationRevoked,
     ApplicationUnknown,
     ForeignConsumer,
-    KeyDeleted,
-    KeyDisabled,
-    KeyUnknown,
     LoginRefused,
     NotPermitted,
 )
-from cipherfleet.contract.escrow import KeyState, VersionAttributes
+from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.identities import Identity, Peer, Role
-from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, VcmId, new_key_id
+from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, VcmId
 from cipherfleet.contract.kmc_api import AuditEntry, AuditLog, CardReply
 from cipherfleet.contract.messages import Chain
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.statements import LeaseStatement, Right, SealedShare, Signed
-from cipherfleet.contract.vcc import CmkDelivery, Completion, ImportRequest, Operation, RowRequest
-from cipherfleet.contract.vcm import KeyUse
-from cipherfleet.contract.vcm_api import KeyDescription, LoginReply
+from cipherfleet.contract.vcc import CmkDelivery, Completion, Operation
+from cipherfleet.contract.vcm_api import LoginReply
 from cipherfleet.services.components import mount
 from tests.pki import Authority
+from tests.unit.computing.machine.fake_kmc import EPOCH, FakeConsumer
 
 ACME, RIVAL = ConsumerId("acme"), ConsumerId("rival")
 VCM, CARD = VcmId("vcm-0123456789ab"), CardId("card-m1-01234567")
@@ -106,82 +102,12 @@ class StageCard:
         return Completion(answer.value, answer.parameters, bytes(answer.data))
 
 
-class StageKeys:
-    """Keys in memory, each version loaded in the card."""
-
-    def __init__(self, card: StageCard) -> None:
-        self._card = card
-        self._handles: dict[tuple[KeyId, int], int] = {}
-        self._keys: dict[KeyId, KeyDescription] = {}
-
-    async def create(self, algorithm: str, *, label: str, actor: str) -> KeyDescription:
-        key = new_key_id()
-        described = KeyDescription(key, algorithm, 0, KeyState.ENABLED, label, time.time(), actor, ())
-        return await self._generate(described)
-
-    async def import_key(self, algorithm: str, sealed: bytes, *, label: str, actor: str) -> KeyDescription:
-        described = KeyDescription(new_key_id(), algorithm, 0, KeyState.ENABLED, label, time.time(), actor, ())
-        return await self._generate(described, sealed)
-
-    async def rotate(self, key: KeyId, *, actor: str) -> KeyDescription:
-        return await self._generate(await self._enabled(key))
-
-    async def set_state(self, key: KeyId, state: KeyState, *, actor: str) -> KeyDescription:
-        self._keys[key] = msgspec.structs.replace(await self.describe(key), state=state)
-        return self._keys[key]
-
-    async def describe(self, key: KeyId) -> KeyDescription:
-        if key not in self._keys:
-            raise KeyUnknown(f"there is no key {key}")
-        return self._keys[key]
-
-    async def list_keys(self) -> Sequence[KeyDescription]:
-        return list(self._keys.values())
-
-    async def use(self, key: KeyId, *, version: int | None = None) -> KeyUse:
-        described = await self._enabled(key)
-        chosen = described.version if version is None else version
-        if (key, chosen) not in self._handles:
-            raise KeyUnknown(f"key {key} has no version {chosen}")
-        return KeyUse(key, chosen, described.algorithm, self._handles[key, chosen])
-
-    async def _enabled(self, key: KeyId) -> KeyDescription:
-        described = await self.describe(key)
-        if described.state == KeyState.DISABLED:
-            raise KeyDisabled(f"key {key} is disabled")
-        if described.state == KeyState.DELETED:
-            raise KeyDeleted(f"key {key} is deleted")
-        return described
-
-    async def _generate(self, described: KeyDescription, sealed: bytes | None = None) -> KeyDescription:
-        version = described.version + 1
-        attributes = VersionAttributes(described.algorithm, time.time())
-        row = RowRequest(described.id, version, codec.encode(attributes))
-        operation, parameters = (Operation.GENERATE, row) if sealed is None else (Operation.IMPORT, ImportRequest(row, sealed))
-        done = await self._card.submit(operation, parameters=codec.encode(parameters))
-        made = codec.decode(msgspec.json.decode(done.parameters, type=_Row).attributes, VersionAttributes)
-        self._handles[described.id, version] = done.value
-        self._keys[described.id] = msgspec.structs.replace(
-            described,
-            version=version,
-            versions=(*described.versions, version),
-            uses=algorithm(described.algorithm).uses,
-            public_key=made.public_key,
-            imported=made.imported,
-        )
-        return self._keys[described.id]
-
-
-class _Row(msgspec.Struct):
-    attributes: bytes
-
-
 class StageHost:
-    """The VCM around the components. ``rights``: what each application may."""
+    """The VCM around the components. ``rights``: what each application may. Its keys are real, over an escrow in memory."""
 
-    def __init__(self, card: StageCard, consumer: ConsumerId = ACME) -> None:
-        self.id, self.consumer, self.card = VCM, consumer, card
-        self.keys = StageKeys(card)
+    def __init__(self, card: StageCard, consumer: ConsumerId, escrow: Escrow) -> None:
+        self.id, self.consumer, self.card, self.escrow = VCM, consumer, card, escrow
+        self.keys = Keys(escrow, card)
         self.rights: dict[str, tuple[Right, ...]] = {"shop": ALL_RIGHTS}
         self.revoked: set[str] = set()
         self.serves_on: list[str] = []
@@ -223,7 +149,11 @@ class Stage:
     @staticmethod
     async def start(consumer: ConsumerId = ACME, *, domain: Authority | None = None, stall_s: float = 30.0) -> "Stage":
         card = StageCard(await serving_function(consumer))
-        stage = Stage(StageHost(card, consumer), domain or Authority("root").subordinate(consumer))
+        root, kmc_key = Authority("root"), new_key()
+        store = FakeConsumer(consumer, kmc_key, root)
+        escrow = Escrow(consumer, store, public_key_der(kmc_key.public_key()))
+        await escrow.load(Seen(EPOCH, 0, store.head()))
+        stage = Stage(StageHost(card, consumer, escrow), domain or root.subordinate(consumer))
         mount(stage.server, stage.host, stall_s=stall_s)
         await stage.listen()
         return stage
