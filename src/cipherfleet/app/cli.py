@@ -27,7 +27,7 @@ app.command()(consumer.terminal)
 app.add_typer(vcm.app, name="vcm")
 app.add_typer(application.app, name="app")
 app.add_typer(key.app, name="key")
-for command in (data.encrypt, data.decrypt, data.reencrypt, data.sign, data.verify, data.mac, data.digest, data.random):
+for command in data.COMMANDS:
     app.command()(command)
 app.command()(audit.algorithms)
 app.add_typer(audit.app, name="audit")

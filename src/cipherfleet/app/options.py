@@ -115,9 +115,9 @@ def read_file(path: Path) -> bytes:
         raise FileProblem(f"cannot read {path}: {exc.strerror}") from exc
 
 
-def read_small(path: Path | None) -> bytes:
-    """A file, or standard input, of at most 64 KiB. Raises ``FileProblem`` or ``TooLarge``."""
-    raw = sys.stdin.buffer.read(SMALL_BYTES + 1) if path is None else read_file(path)
-    if len(raw) > SMALL_BYTES:
-        raise TooLarge(f"{path or 'standard input'} has more than {SMALL_BYTES} bytes")
+def read_small(path: Path | None, most: int = SMALL_BYTES) -> bytes:
+    """A file, or standard input, of at most ``most`` bytes. Raises ``FileProblem`` or ``TooLarge``."""
+    raw = sys.stdin.buffer.read(most + 1) if path is None else read_file(path)
+    if len(raw) > most:
+        raise TooLarge(f"{path or 'standard input'} has more than {most} bytes")
     return raw

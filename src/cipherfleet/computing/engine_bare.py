@@ -110,6 +110,8 @@ class BlockStream:
         if len(view) < BLOCK_BYTES or len(view) % BLOCK_BYTES:
             raise CiphertextTruncated(f"a ciphertext of CBC has whole blocks of {BLOCK_BYTES} bytes")
         opened = memoryview(self._blocks(view, b"", None, pause))
+        if not opened:
+            raise CiphertextTruncated("a ciphertext of CBC has a block at least after its IV")
         unpadder = padding_.unpadder()
         try:
             end = unpadder.update(bytes(opened[-BLOCK_BYTES:])) + unpadder.finalize()

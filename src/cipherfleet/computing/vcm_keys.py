@@ -43,22 +43,22 @@ class Keys:
 
     # -- the port ------------------------------------------------------------------------------------------------------
 
-    async def create(self, name: str, *, label: str, actor: str) -> KeyDescription:
+    async def create(self, name: str, *, label: str, actor: str, bare: bool = False) -> KeyDescription:
         """A new key. Raises ``AlgorithmUnknown``, ``WrongKeyType``, ``KmcUnavailable`` or what the card says."""
-        return await self._create(name, None, label, actor, "key-create")
+        return await self._create(name, None, label, actor, "key-create", bare)
 
-    async def import_key(self, name: str, sealed: bytes, *, label: str, actor: str) -> KeyDescription:
+    async def import_key(self, name: str, sealed: bytes, *, label: str, actor: str, bare: bool = False) -> KeyDescription:
         """A new key of material that was sealed to this card. Raises as ``create``, ``SealedForeign`` or ``KeyMaterialInvalid``."""
-        return await self._create(name, sealed, label, actor, "key-import")
+        return await self._create(name, sealed, label, actor, "key-import", bare)
 
-    async def _create(self, name: str, sealed: bytes | None, label: str, actor: str, event: str) -> KeyDescription:
+    async def _create(self, name: str, sealed: bytes | None, label: str, actor: str, event: str, bare: bool) -> KeyDescription:
         self._require_loaded()
         await self._escrow.require()
         chosen = algorithm(name)
         if chosen.kind is Kind.DIGEST:
             raise WrongKeyType(f"{chosen.name} is a digest, it has no keys")
         key, now = new_key_id(), time.time()
-        attributes = KeyAttributes(chosen.name, KeyState.ENABLED, 1, 1, now, label, actor)
+        attributes = KeyAttributes(chosen.name, KeyState.ENABLED, 1, 1, now, label, actor, bare=bare or chosen.bare_only)
         await self._write_version(key, attributes, None, now, actor, event, sealed)
         return await self.describe(key)
 
@@ -110,7 +110,7 @@ class Keys:
         handle = self._handles.get((key, wanted))
         if handle is None:
             handle = await self._load(key, wanted)
-        return KeyUse(key, wanted, attributes.algorithm, handle)
+        return KeyUse(key, wanted, attributes.algorithm, handle, attributes.bare)
 
     async def refresh(self) -> None:
         """Somebody else changed the escrow: see what, and unload what is deleted."""
@@ -155,7 +155,7 @@ class Keys:
     async def _describe(self, key: KeyId, attributes: KeyAttributes) -> KeyDescription:
         chosen = algorithm(attributes.algorithm)
         public_key = b""
-        if chosen.kind is Kind.SIGNATURE and attributes.state is not KeyState.DELETED:
+        if not chosen.secret_key and attributes.state is not KeyState.DELETED:
             if (key, attributes.current_version) not in self._handles:
                 await self._load(key, attributes.current_version)  # so the card has checked the public key, too
             public_key = _version_attributes(self._escrow.rows[key][attributes.current_version]).public_key
@@ -172,6 +172,7 @@ class Keys:
             versions=tuple(sorted(version for version in self._escrow.rows[key] if version > 0)),
             public_key=public_key,
             imported=current is not None and _version_attributes(current).imported,
+            bare=attributes.bare,
         )
 
     # -- the card ------------------------------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ class Keys:
     ) -> None:
         """Make the current version of ``attributes`` in the card (or open what is ``imported`` there), and store it with them."""
         version = attributes.current_version
-        request = RowRequest(key, version, codec.encode(VersionAttributes(attributes.algorithm, now)))
+        request = RowRequest(key, version, codec.encode(VersionAttributes(attributes.algorithm, now, bare=attributes.bare)))
         if imported is None:
             made = await self._card.submit(Operation.GENERATE, parameters=codec.encode(request))
         else:

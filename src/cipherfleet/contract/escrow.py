@@ -40,6 +40,7 @@ class KeyAttributes(msgspec.Struct, frozen=True):
     label: str = ""
     created_by: str = ""
     previous: bytes = b""
+    bare: bool = False
 
 
 class VersionAttributes(msgspec.Struct, frozen=True):

@@ -21,14 +21,15 @@ class KeyUse(msgspec.Struct, frozen=True):
     version: int
     algorithm: str
     handle: int
+    bare: bool = False
 
 
 class KeyStore(Protocol):
     """The consumer's keys as one VCM sees them. Every change is acknowledged only after the escrow has committed it."""
 
-    async def create(self, algorithm: str, *, label: str, actor: str) -> KeyDescription: ...
+    async def create(self, algorithm: str, *, label: str, actor: str, bare: bool = False) -> KeyDescription: ...
 
-    async def import_key(self, algorithm: str, sealed: bytes, *, label: str, actor: str) -> KeyDescription: ...
+    async def import_key(self, algorithm: str, sealed: bytes, *, label: str, actor: str, bare: bool = False) -> KeyDescription: ...
 
     async def rotate(self, key: KeyId, *, actor: str) -> KeyDescription: ...
 

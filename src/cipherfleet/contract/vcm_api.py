@@ -25,6 +25,7 @@ class LoginReply(Message, frozen=True):
 class KeyCreateRequest(Message, frozen=True):
     algorithm: str
     label: str = ""
+    bare: bool = False  # an AEAD key whose ciphertexts are what its standard says: nonce || ciphertext || tag
 
 
 class ImportTarget(Message, frozen=True):
@@ -41,6 +42,7 @@ class KeyImportRequest(Message, frozen=True):
     algorithm: str
     sealed: bytes
     label: str = ""
+    bare: bool = False
 
 
 class KeyDescription(Message, frozen=True):
@@ -53,8 +55,9 @@ class KeyDescription(Message, frozen=True):
     created_by: str
     uses: tuple[str, ...]
     versions: tuple[int, ...] = ()
-    public_key: bytes = b""  # SubjectPublicKeyInfo DER of the current version
+    public_key: bytes = b""  # SubjectPublicKeyInfo DER of the current version; of HPKE's hybrid the raw keys, ML-KEM's first
     imported: bool = False  # the current version was not made in a card
+    bare: bool = False  # its ciphertexts are bare: no header names key and version
 
 
 class KeyListReply(Message, frozen=True):
@@ -73,6 +76,21 @@ class SignatureReply(Message, frozen=True):
     version: int
     algorithm: str
     signature: bytes
+
+
+class SecretReply(Message, frozen=True):
+    """A secret that was agreed on, derived or decapsulated: here and nowhere else."""
+
+    key: KeyId
+    version: int
+    secret: bytes
+
+
+class EncapsulationReply(Message, frozen=True):
+    key: KeyId
+    version: int
+    secret: bytes  # 32 bytes
+    ciphertext: bytes  # for the holder of the private key
 
 
 class EndpointsReply(Message, frozen=True):

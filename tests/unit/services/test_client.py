@@ -552,7 +552,7 @@ async def test_many_at_once(client: Client) -> None:
     await asyncio.gather(*(one(number) for number in range(60)))
 
 
-@pytest.mark.parametrize("call", [lambda c: c.encrypt("0" * 32, b"", context=bytes(4097)), lambda c: c.verify("0" * 32, b"", bytes(4097))])
+@pytest.mark.parametrize("call", [lambda c: c.encrypt("0" * 32, b"", context=bytes(4097)), lambda c: c.verify("0" * 32, b"", bytes(5121))])
 async def test_limits_are_checked_before_anything_is_sent(client: Client, call: Callable[[Client], Awaitable[object]]) -> None:
     with pytest.raises(TooLarge):
         await call(client)

@@ -39,7 +39,13 @@ ROUTES: dict[tuple[str, str], tuple[Right, ...]] = {
     ("POST", "/v1/keys/{key}/delete"): (Right.MANAGE,),
     ("POST", "/v1/keys/{key}/encrypt"): (Right.ENCRYPT,),
     ("POST", "/v1/decrypt"): (Right.DECRYPT,),
+    ("POST", "/v1/keys/{key}/decrypt"): (Right.DECRYPT,),
     ("POST", "/v1/keys/{key}/reencrypt"): (Right.DECRYPT, Right.ENCRYPT),
+    ("POST", "/v1/keys/{key}/agree"): (Right.DERIVE,),
+    ("POST", "/v1/keys/{key}/derive"): (Right.DERIVE,),
+    ("POST", "/v1/keys/{key}/encapsulate"): (Right.ENCRYPT,),
+    ("POST", "/v1/keys/{key}/decapsulate"): (Right.DECRYPT,),
+    ("POST", "/v1/batch"): (),
     ("POST", "/v1/keys/{key}/data-key"): (Right.ENCRYPT,),
     ("POST", "/v1/keys/{key}/sign"): (Right.SIGN,),
     ("POST", "/v1/keys/{key}/verify"): (Right.VERIFY,),
@@ -110,7 +116,8 @@ async def test_an_application_that_was_never_signed_in(stage: Stage) -> None:
 
 @pytest.mark.parametrize(("method", "path"), [r for r in ROUTES if "{key}" in r[1]], ids=" ".join)
 async def test_keys_that_are_not_there(raw: aiohttp.ClientSession, method: str, path: str) -> None:
-    how: dict[str, Any] = {"data": b"{}" if path.endswith("data-key") else b"data"} if method == "POST" else {}
+    bodies = {"data-key": b"{}", "agree": b'{"peer": ""}', "derive": b'{"length": 32}', "decapsulate": b'{"ciphertext": ""}'}
+    how: dict[str, Any] = {"data": bodies.get(path.rpartition("/")[2], b"data")} if method == "POST" else {}
     how["headers"] = {"X-Cipherfleet-Signature": "AAAA"}
     assert await call(raw, method, concrete(path, str(new_key_id())), **how) == (404, "key-unknown")
     for bad in ("x", "0" * 31, "0" * 33, "A" * 32, "%00" * 32, "..%2f..%2f"):

@@ -17,6 +17,7 @@ from cipherfleet.contract.errors import (
     MacInvalid,
     Malformed,
     SignatureInvalid,
+    TagTooShort,
     TooLarge,
     WrongKeyType,
 )
@@ -88,9 +89,11 @@ async def test_macs(client: Client, size: int) -> None:
     code = await client.mac(key.id, message)
     assert len(code) == 32
     await client.verify_mac(key.id, message, code)
-    for changed, value in ((message + b"!", code), (message, code[:-1]), (message, bytes(32))):
+    for changed, value in ((message + b"!", code), (message, bytes(32))):
         with pytest.raises(MacInvalid):
             await client.verify_mac(key.id, changed, value)
+    with pytest.raises(TagTooShort):
+        await client.verify_mac(key.id, message, code[:-1])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -142,7 +145,7 @@ async def test_a_signature_has_to_be_given_and_bounded(client: Client) -> None:
     with pytest.raises(Malformed):
         await client.verify(key.id, b"data", b"")
     with pytest.raises(TooLarge):
-        await client.verify(key.id, b"data", bytes(5000))
+        await client.verify(key.id, b"data", bytes(5121))
 
 
 async def test_random_bytes(client: Client) -> None:

@@ -18,6 +18,7 @@ from cipherfleet.contract.vcm_api import KeyDescription
 app = typer.Typer(help="Keys: create, import, list, show, rotate, enable, disable, delete.", no_args_is_help=True)
 
 T = TypeVar("T")
+Bare = Annotated[bool, typer.Option(help="An AEAD key whose ciphertexts are nonce, ciphertext and tag as the standard has them.")]
 KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id.")]
 
 
@@ -27,13 +28,14 @@ def create(
     name: Annotated[str | None, typer.Argument(metavar="[ALGORITHM]", show_default=False)] = None,
     algorithm: Annotated[str | None, typer.Option("--algorithm", "-a", help="See: cipherfleet algorithms (default AES-256-GCM).")] = None,
     label: Annotated[str, typer.Option(help="A name for people.")] = "",
+    bare: Bare = False,
     json: Json = False,
 ) -> None:
     """Make a key; it is safe in the key escrow before this returns."""
     if name and algorithm and name != algorithm:
         raise Malformed("two algorithms are given", "give one")
     chosen = algorithm or name or "AES-256-GCM"
-    _show(ask(profile, lambda client: client.create_key(chosen, label=label)), as_json=json)
+    _show(ask(profile, lambda client: client.create_key(chosen, label=label, bare=bare)), as_json=json)
 
 
 @app.command("import")
@@ -42,11 +44,12 @@ def import_(
     algorithm: Annotated[str, typer.Argument(metavar="ALGORITHM", help="See: cipherfleet algorithms.")],
     source: In = None,
     label: Annotated[str, typer.Option(help="A name for people.")] = "",
+    bare: Bare = False,
     json: Json = False,
 ) -> None:
     """Bring a key of your own: raw bytes, or a private key as PKCS#8. It is sealed to the card here, before it leaves."""
     material = read_small(source)
-    _show(ask(profile, lambda client: client.import_key(algorithm, material, label=label)), as_json=json)
+    _show(ask(profile, lambda client: client.import_key(algorithm, material, label=label, bare=bare)), as_json=json)
 
 
 @app.command("list")
@@ -122,6 +125,19 @@ def to_pem(der: bytes) -> bytes:
     """A SubjectPublicKeyInfo (DER) as PEM."""
     body = "\n".join(textwrap.wrap(base64.b64encode(der).decode(), 64))
     return f"-----BEGIN PUBLIC KEY-----\n{body}\n-----END PUBLIC KEY-----\n".encode()
+
+
+def from_pem(raw: bytes) -> bytes:
+    """A public key as DER, whether it is PEM or DER already. Raises ``Malformed``."""
+    lines = raw.strip().splitlines()
+    if not lines or not lines[0].startswith(b"-----BEGIN"):
+        return raw
+    if lines[0].strip() != b"-----BEGIN PUBLIC KEY-----":
+        raise Malformed("this PEM is no public key")
+    try:
+        return base64.b64decode(b"".join(line.strip() for line in lines[1:-1]), validate=True)
+    except ValueError as exc:
+        raise Malformed("this PEM cannot be read") from exc
 
 
 def _show(key: KeyDescription, *, as_json: bool) -> None:

@@ -9,11 +9,16 @@
     POST /v1/keys/{key}/rotate, enable, disable, delete  -> KeyDescription              manage
     POST /v1/keys/{key}/encrypt        plaintext -> ciphertext                          encrypt
     POST /v1/decrypt                   ciphertext -> plaintext                          decrypt
+    POST /v1/keys/{key}/decrypt        ciphertext, bare or a message -> plaintext       decrypt
     POST /v1/keys/{key}/reencrypt      ciphertext of any key -> ciphertext              decrypt and encrypt
     POST /v1/keys/{key}/data-key       DataKeyAsk -> DataKeyReply                       encrypt
     POST /v1/keys/{key}/sign, mac      message -> signature, MAC                        sign, mac
     POST /v1/keys/{key}/verify, verify-mac   message -> 204, or 422                     verify
-    POST /v1/digest/{algorithm}        message -> digest                                digest
+    POST /v1/keys/{key}/agree, derive  AgreeAsk, DeriveAsk -> SecretReply               derive
+    POST /v1/keys/{key}/encapsulate    -> EncapsulationReply                            encrypt
+    POST /v1/keys/{key}/decapsulate    DecapsulateAsk -> SecretReply                    decrypt
+    POST /v1/batch                     BatchAsk -> BatchReply                           each item's own
+    POST /v1/digest/{algorithm}?length=N   message -> digest                            digest
     GET  /v1/random?bytes=N            -> 1 to 1048576 bytes                            random
     GET  /v1/audit                     -> AuditLog                                      show
     GET  /v1/endpoints, algorithms, health, requests/{request}/error                    any
@@ -21,7 +26,9 @@
 
 The last column is the right that a Ukey-signed statement must grant. Decrypting, ``X-Cipherfleet-Key`` may name the key that the
 ciphertext must have been made with. Headers (base64): ``X-Cipherfleet-Context``,
-``X-Cipherfleet-Target-Context`` (at most 4 KiB), ``X-Cipherfleet-Signature``. Bodies of any size stream both ways at once.
+``X-Cipherfleet-Target-Context`` (at most 4 KiB), ``X-Cipherfleet-Signature``; ``X-Cipherfleet-Digest`` chooses a digest,
+``X-Cipherfleet-Prehashed: true`` says that the message is one. What a bare key encrypts (see ``contract.vcc.StreamRequest``) names no key:
+the path does, and ``X-Cipherfleet-Key-Version`` the version, if it is not the newest. Bodies of any size stream both ways at once.
 An error after the answer has begun closes the connection before the answer's end; the caller that named its request in
 ``X-Cipherfleet-Request`` may ask why.
 """
@@ -29,6 +36,8 @@ An error after the answer has begun closes the connection before the answer's en
 from cipherfleet.channel.server import Server
 from cipherfleet.contract.identities import Role
 from cipherfleet.contract.vcm import VcmHost
+from cipherfleet.services.components.agreements import Agreements
+from cipherfleet.services.components.batches import Batches
 from cipherfleet.services.components.ciphers import Ciphers
 from cipherfleet.services.components.keys import Keys
 from cipherfleet.services.components.routes import Routes
@@ -44,6 +53,8 @@ def mount(server: Server, host: VcmHost, *, stall_s: float = STALL_S) -> None:
     Keys(routes)
     Ciphers(routes)
     Signatures(routes)
+    Agreements(routes)
+    Batches(routes)
     server.route("POST", "/v1/login", {Role.TERMINAL}, Service(routes).login)
 
 

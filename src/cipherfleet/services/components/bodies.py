@@ -9,6 +9,7 @@ import aiohttp
 from aiohttp import web
 
 from cipherfleet.channel import codec
+from cipherfleet.contract.algorithms import algorithm
 from cipherfleet.contract.errors import Malformed, TimedOut, TooLarge, Truncated, Unsupported
 from cipherfleet.services import wire
 
@@ -95,6 +96,20 @@ def header_version(request: web.Request) -> int | None:
     if text is None:
         return None
     return whole_number(text, wire.KEY_VERSION, 1, 2**32 - 1)
+
+
+def digest_choice(request: web.Request) -> str:
+    """The digest that the caller chose, or nothing. Raises ``AlgorithmUnknown``."""
+    text = request.headers.get(wire.DIGEST, "")
+    return algorithm(text).name if text else ""
+
+
+def prehashed(request: web.Request) -> bool:
+    """Whether the body is a digest already. Raises ``Malformed``."""
+    text = request.headers.get(wire.PREHASHED, "false").lower()
+    if text not in ("true", "false"):
+        raise Malformed(f"the header {wire.PREHASHED} is true or false")
+    return text == "true"
 
 
 def request_id(request: web.Request) -> str | None:

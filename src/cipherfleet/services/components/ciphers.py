@@ -2,17 +2,18 @@
 
 from cipherfleet.channel import codec
 from cipherfleet.channel.server import Call
-from cipherfleet.contract.algorithms import Use, by_number
+from cipherfleet.contract.algorithms import Kind, Use, algorithm, by_number
 from cipherfleet.contract.ciphertext import HEADER_BYTES, TAG_BYTES, Header, sealed_length
 from cipherfleet.contract.errors import CiphertextForeignKey, CiphertextInvalid, CiphertextTruncated, Malformed
 from cipherfleet.contract.ids import KeyId
 from cipherfleet.contract.statements import Right
-from cipherfleet.contract.vcc import CHUNK_BYTES, DataKeyRequest, Operation, StreamRequest, Verb
+from cipherfleet.contract.vcc import CHUNK_BYTES, MAX_DATA_BYTES, DataKeyRequest, Operation, StreamRequest, Verb
 from cipherfleet.contract.vcm import KeyUse
 from cipherfleet.contract.vcm_api import DataKeyReply
 from cipherfleet.services import wire
-from cipherfleet.services.components.bodies import Body
-from cipherfleet.services.components.routes import Routes
+from cipherfleet.services.components.bodies import Body, digest_choice, header_version
+from cipherfleet.services.components.routes import Routes, key_headers, raw
+from cipherfleet.services.components.streams import run
 
 _SEALED_CHUNK = CHUNK_BYTES + TAG_BYTES
 
@@ -22,13 +23,16 @@ class Ciphers:
         self._routes = routes
         routes.add("POST", "/v1/keys/{key}/encrypt", (Right.ENCRYPT,), self.encrypt)
         routes.add("POST", "/v1/decrypt", (Right.DECRYPT,), self.decrypt)
+        routes.add("POST", "/v1/keys/{key}/decrypt", (Right.DECRYPT,), self.decrypt_with)
         routes.add("POST", "/v1/keys/{key}/reencrypt", (Right.DECRYPT, Right.ENCRYPT), self.reencrypt)
         routes.add("POST", "/v1/keys/{key}/data-key", (Right.ENCRYPT,), self.data_key)
 
     async def encrypt(self, call: Call) -> object:
         body = self._routes.body(call)
         context = self._routes.context(call)
-        use = await self._routes.key_use(call, Use.ENCRYPT)
+        use = await self._routes.key_use(call, Use.ENCRYPT, Use.WRAP)
+        if use.bare:
+            return await self._bare(call, body, use, StreamRequest(Verb.ENCRYPT, context, digest=digest_choice(call.request)))
         length = None if body.length is None else sealed_length(body.length)
         return await self._routes.cipher(call, body, use, StreamRequest(Verb.ENCRYPT, context), handle=use.handle, length=length)
 
@@ -37,9 +41,20 @@ class Ciphers:
 
         Only verified plaintext leaves the card.
         """
+        return await self._decrypt(call, expected=call.request.headers.get(wire.KEY))
+
+    async def decrypt_with(self, call: Call) -> object:
+        """With the key that the path names: a bare ciphertext, of the version that the caller names or the newest; or a message."""
+        use = await self._routes.key_use(call, Use.ENCRYPT, Use.WRAP, version=header_version(call.request))
+        if not use.bare:
+            return await self._decrypt(call, expected=use.key)
+        request = StreamRequest(Verb.DECRYPT, self._routes.context(call), digest=digest_choice(call.request))
+        return await self._bare(call, self._routes.body(call), use, request)
+
+    async def _decrypt(self, call: Call, *, expected: str | None) -> object:
         body = self._routes.body(call)
         context = self._routes.context(call)
-        header, use = await self._source(body, expected=call.request.headers.get(wire.KEY))
+        header, use = await self._source(body, expected=expected)
         length = _opened_length(body.length)
         return await self._routes.cipher(call, body, use, StreamRequest(Verb.DECRYPT, context, header), handle=use.handle, length=length)
 
@@ -64,6 +79,14 @@ class Ciphers:
         done = await self._routes.host.card.submit(Operation.DATA_KEY, handle=use.handle, parameters=parameters)
         plaintext = done.data[done.value :] if ask.plaintext else None
         return DataKeyReply(use.key, use.version, done.data[: done.value], plaintext)
+
+    async def _bare(self, call: Call, body: Body, use: KeyUse, request: StreamRequest) -> object:
+        """As the algorithm's standard says. CBC and CTR stream; all else is done at once."""
+        chosen = algorithm(use.algorithm)
+        if chosen.kind is Kind.CIPHER and chosen.mode != "XTS":
+            return await self._routes.cipher(call, body, use, request, handle=use.handle, length=None, bare=True)
+        data = await body.whole(MAX_DATA_BYTES)
+        return raw(await run(self._routes.host.card, use.handle, request, data), key_headers(use))
 
     async def _source(self, body: Body, *, expected: str | None = None) -> tuple[bytes, KeyUse]:
         """The header of the ciphertext in the body, and the key it names. Raises ``CiphertextForeignKey`` unless it is ``expected``."""

@@ -32,7 +32,7 @@ class Keys:
     async def create(self, call: Call) -> KeyDescription:
         """It is acknowledged after the escrow has it."""
         request = await self._routes.body(call).message(KeyCreateRequest)
-        return await self._routes.host.keys.create(_check(request), label=request.label, actor=actor(call))
+        return await self._routes.host.keys.create(_check(request), label=request.label, actor=actor(call), bare=request.bare)
 
     async def import_target(self, call: Call) -> ImportTarget:
         card = self._routes.host.card
@@ -42,7 +42,9 @@ class Keys:
     async def import_key(self, call: Call) -> KeyDescription:
         """The material passes through here sealed to the card."""
         request = await self._routes.body(call).message(KeyImportRequest)
-        return await self._routes.host.keys.import_key(_check(request), request.sealed, label=request.label, actor=actor(call))
+        return await self._routes.host.keys.import_key(
+            _check(request), request.sealed, label=request.label, actor=actor(call), bare=request.bare
+        )
 
     async def list_keys(self, call: Call) -> KeyListReply:
         return KeyListReply(tuple(await self._routes.host.keys.list_keys()))
@@ -65,6 +67,8 @@ def _check(request: KeyCreateRequest | KeyImportRequest) -> str:
     chosen = algorithm(request.algorithm)
     if chosen.kind is Kind.DIGEST:
         raise WrongKeyType(f"{chosen.name} is a digest, it has no keys")
+    if request.bare and chosen.kind is not Kind.AEAD and not chosen.bare_only:
+        raise WrongKeyType(f"a key of {chosen.name} encrypts nothing, so it cannot be bare")
     if len(request.label) > wire.MAX_LABEL_CHARACTERS or not request.label.isprintable():
         raise Malformed(f"a label has at most {wire.MAX_LABEL_CHARACTERS} characters, all printable")
     return chosen.name

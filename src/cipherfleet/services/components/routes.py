@@ -22,7 +22,16 @@ Handler = Callable[[Call], Awaitable[object]]
 MAX_REMEMBERED_ERRORS = 1024
 ANY_RIGHT: tuple[Right, ...] = ()
 _NO_STORE = {"Cache-Control": "no-store"}
-_VERBS_OF = {Use.ENCRYPT: "encrypt or decrypt", Use.SIGN: "sign or verify", Use.MAC: "make or check a MAC"}
+_VERBS_OF = {
+    Use.ENCRYPT: "encrypt or decrypt",
+    Use.WRAP: "wrap or unwrap",
+    Use.SIGN: "sign or verify",
+    Use.MAC: "make or check a MAC",
+    Use.DIGEST: "make a digest",
+    Use.AGREE: "agree on a secret",
+    Use.ENCAPSULATE: "encapsulate or decapsulate",
+    Use.DERIVE: "derive",
+}
 
 
 class Routes:
@@ -49,14 +58,14 @@ class Routes:
     def body(self, call: Call) -> Body:
         return Body(call.request, self._stall_s)
 
-    async def key_use(self, call: Call, use: Use, *, version: int | None = None) -> KeyUse:
-        """The key that the path names, fit for ``use``. Raises ``WrongKeyType`` and what ``KeyStore.use`` raises."""
-        return self.check_use(await self.host.keys.use(call.path("key", KeyId), version=version), use)
+    async def key_use(self, call: Call, *uses: Use, version: int | None = None) -> KeyUse:
+        """The key that the path names, fit for one of ``uses``. Raises ``WrongKeyType`` and what ``KeyStore.use`` raises."""
+        return self.check_use(await self.host.keys.use(call.path("key", KeyId), version=version), *uses)
 
     @staticmethod
-    def check_use(found: KeyUse, use: Use) -> KeyUse:
-        if use not in algorithm(found.algorithm).uses:
-            raise WrongKeyType(f"a key of {found.algorithm} cannot {_VERBS_OF[use]}")
+    def check_use(found: KeyUse, *uses: Use) -> KeyUse:
+        if not set(uses) & set(algorithm(found.algorithm).uses):
+            raise WrongKeyType(f"a key of {found.algorithm} cannot {_VERBS_OF[uses[0]]}")
         return found
 
     @staticmethod
@@ -64,13 +73,15 @@ class Routes:
         """The encryption context. Raises ``Malformed`` or ``TooLarge``."""
         return header_bytes(call.request, name, wire.MAX_CONTEXT_BYTES)
 
-    async def cipher(self, call: Call, body: Body, use: KeyUse, request: StreamRequest, *, handle: int, length: int | None) -> object:
+    async def cipher(
+        self, call: Call, body: Body, use: KeyUse, request: StreamRequest, *, handle: int, length: int | None, bare: bool = False
+    ) -> object:
         """Answer with the body, transformed; ``use`` is the key that the answer names. A broken answer's reason is kept."""
         name = request_id(call.request)
         headers = key_headers(use)
         answer = Answer(call.request, headers, length, self._stall_s)
         try:
-            return await transform(self.host.card, handle, request, body, answer, plain_headers=headers)
+            return await transform(self.host.card, handle, request, body, answer, plain_headers=headers, bare=bare)
         except Exception as exc:
             if not answer.begun:
                 raise

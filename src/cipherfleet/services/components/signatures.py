@@ -10,7 +10,7 @@ from cipherfleet.contract.statements import Right
 from cipherfleet.contract.vcc import StreamRequest, Verb
 from cipherfleet.contract.vcm import KeyUse
 from cipherfleet.services import wire
-from cipherfleet.services.components.bodies import Body, header_bytes, header_version
+from cipherfleet.services.components.bodies import Body, digest_choice, header_bytes, header_version, prehashed, whole_number
 from cipherfleet.services.components.routes import Routes, key_headers, raw
 from cipherfleet.services.components.streams import absorb
 
@@ -28,10 +28,10 @@ class Signatures:
         routes.add("POST", "/v1/digest/{algorithm}", (Right.DIGEST,), self.digest)
 
     async def sign(self, call: Call) -> web.Response:
-        return await self._make(call, Verb.SIGN, Use.SIGN)
+        return await self._make(call, self._request(call, Verb.SIGN), Use.SIGN)
 
     async def mac(self, call: Call) -> web.Response:
-        return await self._make(call, Verb.MAC, Use.MAC)
+        return await self._make(call, StreamRequest(Verb.MAC), Use.MAC)
 
     async def verify(self, call: Call) -> web.Response:
         return await self._check(call, Verb.VERIFY, Use.SIGN, SignatureInvalid)
@@ -44,13 +44,19 @@ class Signatures:
         chosen = algorithm(call.path("algorithm", str))
         if chosen.kind is not Kind.DIGEST:
             raise WrongKeyType(f"{chosen.name} is not a digest")
-        value = await self._one(0, StreamRequest(Verb.DIGEST, digest=chosen.name), body)
+        length = whole_number(call.query("length", "0"), "length", 0, wire.MAX_DIGEST_BYTES)
+        value = await self._one(0, StreamRequest(Verb.DIGEST, digest=chosen.name, length=length), body)
         return raw(value)
 
-    async def _make(self, call: Call, verb: Verb, use: Use) -> web.Response:
+    def _request(self, call: Call, verb: Verb, signature: bytes = b"") -> StreamRequest:
+        """A signature's choices: digest, whether the body is one already, context."""
+        context = self._routes.context(call)
+        return StreamRequest(verb, context, signature=signature, digest=digest_choice(call.request), prehashed=prehashed(call.request))
+
+    async def _make(self, call: Call, request: StreamRequest, use: Use) -> web.Response:
         body = self._routes.body(call)
         key = await self._routes.key_use(call, use)
-        return raw(await self._one(key.handle, StreamRequest(verb), body), key_headers(key))
+        return raw(await self._one(key.handle, request, body), key_headers(key))
 
     async def _check(self, call: Call, verb: Verb, use: Use, invalid: type[CipherfleetError]) -> web.Response:
         body = self._routes.body(call)
@@ -58,7 +64,7 @@ class Signatures:
         if not signature:
             raise Malformed(f"the header {wire.SIGNATURE} is missing")
         keys = await self._versions(call, use)
-        request = StreamRequest(verb, signature=signature)
+        request = self._request(call, verb, signature) if verb is Verb.VERIFY else StreamRequest(verb, signature=signature)
         answers = await absorb(self._routes.host.card, [(key.handle, request) for key in keys], body)
         for key, answer in zip(keys, answers, strict=True):
             if not isinstance(answer, CipherfleetError):

@@ -159,13 +159,20 @@ class Answer:
 
 
 async def transform(
-    card: VirtualCryptoCard, handle: int, stream_request: StreamRequest, body: Body, answer: Answer, *, plain_headers: dict[str, str]
+    card: VirtualCryptoCard,
+    handle: int,
+    stream_request: StreamRequest,
+    body: Body,
+    answer: Answer,
+    *,
+    plain_headers: dict[str, str],
+    bare: bool = False,
 ) -> web.StreamResponse:
-    """Encrypt, decrypt or re-encrypt the body into the answer.
+    """Encrypt, decrypt or re-encrypt the body into the answer; ``bare``: in chunks that carry no tags.
 
     Raises while nothing was sent; later errors are the caller's to handle, who sees ``answer.begun``.
     """
-    chunk = chunk_bytes(stream_request.verb)
+    chunk = CHUNK_BYTES if bare else chunk_bytes(stream_request.verb)
     block = BLOCK_CHUNKS * chunk
     if not await body.fill(block):
         data = await run(card, handle, stream_request, body.take(block))

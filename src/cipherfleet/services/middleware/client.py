@@ -1,7 +1,7 @@
 """The Python client of a consumer's VCMs."""
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Self, TypeAlias
 from urllib.parse import quote
@@ -13,12 +13,14 @@ from cipherfleet.contract.kmc_api import AuditEntry, AuditLog
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.vcm_api import (
     DataKeyReply,
+    EncapsulationReply,
     EndpointsReply,
     ImportTarget,
     KeyCreateRequest,
     KeyDescription,
     KeyImportRequest,
     KeyListReply,
+    SecretReply,
     SignatureReply,
 )
 from cipherfleet.services import wire
@@ -62,11 +64,14 @@ class Client:
 
     # -- keys ----------------------------------------------------------------------------------------------------------
 
-    async def create_key(self, algorithm: str = "AES-256-GCM", *, label: str = "") -> KeyDescription:
-        """A new key; it is in the key escrow when this returns. Raises ``AlgorithmUnknown``."""
-        return await self._connection.ask("POST", "/v1/keys", KeyDescription, body=KeyCreateRequest(algorithm, label), safe=False)
+    async def create_key(self, algorithm: str = "AES-256-GCM", *, label: str = "", bare: bool = False) -> KeyDescription:
+        """A new key; it is in the key escrow when this returns. ``bare``: its ciphertexts are ``nonce || ciphertext || tag``.
 
-    async def import_key(self, algorithm: str, material: bytes, *, label: str = "") -> KeyDescription:
+        Raises ``AlgorithmUnknown``.
+        """
+        return await self._connection.ask("POST", "/v1/keys", KeyDescription, body=KeyCreateRequest(algorithm, label, bare), safe=False)
+
+    async def import_key(self, algorithm: str, material: bytes, *, label: str = "", bare: bool = False) -> KeyDescription:
         """A new key of the caller's own ``material``: raw bytes of a symmetric key, PKCS#8 (PEM or DER, unencrypted) of a private one.
 
         It travels sealed to the card that takes it; the VCM and the key escrow see it wrapped alone. Raises ``CardUntrusted``,
@@ -74,7 +79,8 @@ class Client:
         """
         target = await self._connection.ask("GET", "/v1/import", ImportTarget)
         sealed = seal_material(self.profile, target, algorithm, material)
-        return await self._connection.ask("POST", "/v1/import", KeyDescription, body=KeyImportRequest(algorithm, sealed, label), safe=False)
+        request = KeyImportRequest(algorithm, sealed, label, bare)
+        return await self._connection.ask("POST", "/v1/import", KeyDescription, body=request, safe=False)
 
     async def list_keys(self) -> tuple[KeyDescription, ...]:
         return (await self._connection.ask("GET", "/v1/keys", KeyListReply)).keys
@@ -98,30 +104,47 @@ class Client:
 
     # -- encryption ----------------------------------------------------------------------------------------------------
 
-    async def encrypt(self, key: str, data: Bytes, *, context: bytes = b"") -> bytes:
-        """A ciphertext that names key and version. ``context`` (at most 4 KiB) is authenticated, not stored, and needed again."""
-        return await self._connection.fetch("POST", _path(key, "encrypt"), Upload(data), headers=_contexts(context))
+    async def encrypt(self, key: str, data: Bytes, *, context: bytes = b"", digest: str = "") -> bytes:
+        """A ciphertext that names key and version; of a bare key, what its standard says.
 
-    async def decrypt(self, data: Bytes, *, context: bytes = b"", key: str | None = None) -> bytes:
+        ``context`` (at most 4 KiB) is authenticated, not stored, and needed again. XTS: the tweak; RSA-OAEP: the label, and
+        ``digest`` may be chosen.
+        """
+        return await self._connection.fetch("POST", _path(key, "encrypt"), Upload(data), headers=_contexts(context, digest=digest))
+
+    async def decrypt(
+        self, data: Bytes, *, context: bytes = b"", key: str | None = None, version: int | None = None, digest: str = ""
+    ) -> bytes:
         """``key``: the only one that the ciphertext may be of (default: any of the consumer's).
 
-        Raises ``CiphertextInvalid``, ``CiphertextTruncated`` or ``CiphertextForeignKey``.
+        A bare ciphertext needs it, and ``version`` if that is not the newest. Raises ``CiphertextInvalid``,
+        ``CiphertextTruncated``, ``TagTooShort`` or ``CiphertextForeignKey``.
         """
-        return await self._connection.fetch("POST", "/v1/decrypt", Upload(data), headers=_contexts(context, key=key))
+        return await self._connection.fetch("POST", _decrypt(key), Upload(data), headers=_contexts(context, version=version, digest=digest))
 
     async def reencrypt(self, key: str, data: Bytes, *, context: bytes = b"", target_context: bytes = b"") -> bytes:
         """A ciphertext of any key as one of ``key``'s current version; the plaintext stays in the card."""
         return await self._connection.fetch("POST", _path(key, "reencrypt"), Upload(data), headers=_contexts(context, target_context))
 
-    def encrypt_stream(self, key: str, data: Source, *, context: bytes = b"", progress: Progress | None = None) -> AsyncIterator[bytes]:
+    def encrypt_stream(
+        self, key: str, data: Source, *, context: bytes = b"", digest: str = "", progress: Progress | None = None
+    ) -> AsyncIterator[bytes]:
         """The ciphertext, piece by piece, while ``data`` is still read."""
-        return self._connection.stream("POST", _path(key, "encrypt"), Upload(data, progress), headers=_contexts(context))
+        return self._connection.stream("POST", _path(key, "encrypt"), Upload(data, progress), headers=_contexts(context, digest=digest))
 
     def decrypt_stream(
-        self, data: Source, *, context: bytes = b"", key: str | None = None, progress: Progress | None = None
+        self,
+        data: Source,
+        *,
+        context: bytes = b"",
+        key: str | None = None,
+        version: int | None = None,
+        digest: str = "",
+        progress: Progress | None = None,
     ) -> AsyncIterator[bytes]:
         """The plaintext, piece by piece. What is yielded was verified; only the end of the iteration says that it is whole."""
-        return self._connection.stream("POST", "/v1/decrypt", Upload(data, progress), headers=_contexts(context, key=key))
+        headers = _contexts(context, version=version, digest=digest)
+        return self._connection.stream("POST", _decrypt(key), Upload(data, progress), headers=headers)
 
     def reencrypt_stream(
         self, key: str, data: Source, *, context: bytes = b"", target_context: bytes = b"", progress: Progress | None = None
@@ -140,11 +163,20 @@ class Client:
             return await _store(self.encrypt_stream(key, file, context=context, progress=progress), target, private=False)
 
     async def decrypt_file(
-        self, source: FilePath, target: FilePath, *, context: bytes = b"", key: str | None = None, progress: Progress | None = None
+        self,
+        source: FilePath,
+        target: FilePath,
+        *,
+        context: bytes = b"",
+        key: str | None = None,
+        version: int | None = None,
+        progress: Progress | None = None,
     ) -> int:
         """Decrypt a file, as ``encrypt_file``; ``target`` gets mode 0600."""
         with open_source(Path(source)) as file:
-            return await _store(self.decrypt_stream(file, context=context, key=key, progress=progress), target, private=True)
+            return await _store(
+                self.decrypt_stream(file, context=context, key=key, version=version, progress=progress), target, private=True
+            )
 
     async def reencrypt_file(
         self,
@@ -168,20 +200,38 @@ class Client:
 
     # -- signatures, MACs, digests -------------------------------------------------------------------------------------
 
-    async def sign(self, key: str, data: Source) -> bytes:
-        """ECDSA (DER), RSASSA-PSS or Ed25519 over ``data``, as the key's algorithm says."""
-        return (await self.sign_with_version(key, data)).signature
+    async def sign(self, key: str, data: Source, *, digest: str = "", prehashed: bool = False, context: bytes = b"") -> bytes:
+        """A signature over ``data``, as the key's algorithm says; ECDSA and SM2 in DER.
 
-    async def sign_with_version(self, key: str, data: Source) -> SignatureReply:
+        ``digest``: one that the algorithm allows; ``prehashed``: ``data`` is that digest (ML-DSA: mu); ``context``: ML-DSA's context
+        string, SM2's user id.
+        """
+        return (await self.sign_with_version(key, data, digest=digest, prehashed=prehashed, context=context)).signature
+
+    async def sign_with_version(
+        self, key: str, data: Source, *, digest: str = "", prehashed: bool = False, context: bytes = b""
+    ) -> SignatureReply:
         """As ``sign``, and which version of the key signed."""
         headers: dict[str, str] = {}
-        signature = await self._connection.fetch("POST", _path(key, "sign"), Upload(data), answered=headers.update)
+        asked = _contexts(context, digest=digest, prehashed=prehashed)
+        signature = await self._connection.fetch("POST", _path(key, "sign"), Upload(data), headers=asked, answered=headers.update)
         described = headers.get(wire.KEY, key), int(headers.get(wire.KEY_VERSION, "0")), headers.get(wire.ALGORITHM, "")
         return SignatureReply(KeyId(described[0]), described[1], described[2], signature)
 
-    async def verify(self, key: str, data: Source, signature: bytes, *, version: int | None = None) -> None:
+    async def verify(
+        self,
+        key: str,
+        data: Source,
+        signature: bytes,
+        *,
+        version: int | None = None,
+        digest: str = "",
+        prehashed: bool = False,
+        context: bytes = b"",
+    ) -> None:
         """Raises ``SignatureInvalid``. Without ``version`` the key's newest eight versions may have signed."""
-        await self._connection.fetch("POST", _path(key, "verify"), Upload(data), headers=_signature(signature, version))
+        headers = {**_signature(signature, version), **_contexts(context, digest=digest, prehashed=prehashed)}
+        await self._connection.fetch("POST", _path(key, "verify"), Upload(data), headers=headers)
 
     async def mac(self, key: str, data: Source) -> bytes:
         return await self._connection.fetch("POST", _path(key, "mac"), Upload(data))
@@ -190,9 +240,41 @@ class Client:
         """Raises ``MacInvalid``; versions as in ``verify``."""
         await self._connection.fetch("POST", _path(key, "verify-mac"), Upload(data), headers=_signature(mac, version))
 
-    async def digest(self, algorithm: str, data: Source) -> bytes:
-        """Raises ``AlgorithmUnknown``."""
-        return await self._connection.fetch("POST", f"/v1/digest/{quote(algorithm, safe='')}", Upload(data))
+    async def digest(self, algorithm: str, data: Source, *, length: int = 0) -> bytes:
+        """``length``: bytes wanted of SHAKE. Raises ``AlgorithmUnknown``."""
+        return await self._connection.fetch("POST", f"/v1/digest/{quote(algorithm, safe='')}?length={length}", Upload(data))
+
+    # -- secrets for the caller's own use ------------------------------------------------------------------------------
+
+    async def agree(
+        self, key: str, peer: bytes, *, length: int = 0, salt: bytes = b"", context: bytes = b"", version: int | None = None
+    ) -> bytes:
+        """The secret shared with the holder of the public key ``peer`` (SubjectPublicKeyInfo, DER), through HKDF-SHA-256 if ``length``.
+
+        Raises ``PublicKeyInvalid`` or ``SharedSecretZero``.
+        """
+        ask = wire.AgreeAsk(peer, length, salt, context)
+        headers = _contexts(b"", version=version)
+        return (await self._connection.ask("POST", _path(key, "agree"), SecretReply, body=ask, headers=headers)).secret
+
+    async def derive(self, key: str, length: int, *, salt: bytes = b"", context: bytes = b"", version: int | None = None) -> bytes:
+        """``length`` bytes (at most 4096) by HKDF from the key, ``salt`` and ``context``: the same each time."""
+        ask = wire.DeriveAsk(length, salt, context)
+        headers = _contexts(b"", version=version)
+        return (await self._connection.ask("POST", _path(key, "derive"), SecretReply, body=ask, headers=headers)).secret
+
+    async def encapsulate(self, key: str) -> EncapsulationReply:
+        """A fresh secret, and its ciphertext for whoever may decapsulate with the key (ML-KEM)."""
+        return await self._connection.ask("POST", _path(key, "encapsulate"), EncapsulationReply)
+
+    async def decapsulate(self, key: str, ciphertext: bytes, *, version: int | None = None) -> bytes:
+        """The secret of a ciphertext. One that was changed gives another secret, as FIPS 203 says, and no error."""
+        ask, headers = wire.DecapsulateAsk(ciphertext), _contexts(b"", version=version)
+        return (await self._connection.ask("POST", _path(key, "decapsulate"), SecretReply, body=ask, headers=headers)).secret
+
+    async def batch(self, items: Iterable[wire.BatchAskItem]) -> tuple[wire.BatchReplyItem, ...]:
+        """Up to 1,000 short operations in one request; what one meets is in its answer and concerns no other."""
+        return (await self._connection.ask("POST", "/v1/batch", wire.BatchReply, body=wire.BatchAsk(tuple(items)))).items
 
     async def random(self, length: int) -> bytes:
         """1 to 1048576 random bytes from the card."""
@@ -222,8 +304,18 @@ def _path(key: str, verb: str = "") -> str:
     return f"/v1/keys/{quote(key, safe='')}" + (f"/{verb}" if verb else "")
 
 
-def _contexts(context: bytes, target_context: bytes = b"", key: str | None = None) -> dict[str, str]:
-    headers = {} if key is None else {wire.KEY: quote(key, safe="")}
+def _decrypt(key: str | None) -> str:
+    return "/v1/decrypt" if key is None else _path(key, "decrypt")
+
+
+def _contexts(
+    context: bytes, target_context: bytes = b"", *, version: int | None = None, digest: str = "", prehashed: bool = False
+) -> dict[str, str]:
+    headers = {} if version is None else {wire.KEY_VERSION: str(version)}
+    if digest:
+        headers[wire.DIGEST] = quote(digest)
+    if prehashed:
+        headers[wire.PREHASHED] = "true"
     for name, value in ((wire.CONTEXT, context), (wire.TARGET_CONTEXT, target_context)):
         if len(value) > wire.MAX_CONTEXT_BYTES:
             raise TooLarge(f"a context has at most {wire.MAX_CONTEXT_BYTES} bytes")
