@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cipherfleet.app.bench.figure8 import OPERATIONS, SIZES
+from cipherfleet.app.bench.figure8 import OPENSSL_RATIOS, OPERATIONS, SIZES
 from cipherfleet.app.bench.peers import SYSTEM
 from tests.support import command
 
@@ -122,7 +122,7 @@ def test_figure_8_has_every_place_and_its_pictures(only_here: Path, tmp_path: Pa
     expected = set(itertools.product(OPERATIONS, SIZES, ("vcm", "host", "engine", "direct"), (1,)))
     expected |= set(itertools.product(OPERATIONS, SIZES, ("vcm",), (8,)))
     if told["machine"]["openssl"] != "not installed, left out":
-        expected |= set(itertools.product(("aes-256-gcm", "sha-256"), SIZES, ("openssl",), (1,)))
+        expected |= set(itertools.product(("aes-256-gcm", "aes-256-cbc", "sha-256"), OPENSSL_RATIOS, ("openssl",), (1,)))
     assert places == expected
     for row in told["rows"]:
         assert row["spread"][0] <= row["ops_s"] <= row["spread"][1]

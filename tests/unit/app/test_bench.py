@@ -13,7 +13,7 @@ from cipherfleet.app.bench.bare_engine import by_library, through_a_function
 from cipherfleet.app.bench.report import Row
 from cipherfleet.app.bench.samples import Sample
 from cipherfleet.app.bench.task_queue import Counted, Slice, Tally, quantiles
-from cipherfleet.app.bench.workload import requests_with, through_a_vcc
+from cipherfleet.app.bench.workload import Handles, requests_with, through_a_vcc
 from cipherfleet.contract.vcc import Completion, Operation
 from tests.support import command
 from tests.unit.computing.card.consumer import Function
@@ -69,7 +69,7 @@ class Echo:
 
 
 async def test_a_vcm_works_off_the_queue() -> None:
-    card, request = Echo(), requests_with(7)["aes-256-gcm"]
+    card, request = Echo(), requests_with(Handles(7, 8))["aes-256-gcm"]
     counted = await through_a_vcc(card, request, soon("aes-256-gcm"))
     assert 0 < counted.operations <= card.asked
     assert counted.latencies == sorted(counted.latencies)
@@ -80,9 +80,9 @@ async def test_a_vcm_works_off_the_queue() -> None:
 @pytest.mark.parametrize("operation", figure8.OPERATIONS)
 def test_the_host_does_the_same_without_a_vcm(operation: str) -> None:
     function = Function()
-    handle, _ = function.generate()
+    handles = Handles(function.generate("AES-256-GCM")[0], function.generate("AES-256-CBC")[0])
     before = function.inner.operations
-    through = through_a_function(function.inner, requests_with(handle)[operation], soon(operation))
+    through = through_a_function(function.inner, requests_with(handles)[operation], soon(operation))
     assert 0 < through.operations <= function.inner.operations - before
     assert by_library(soon(operation, direct=True)).operations > 0
 

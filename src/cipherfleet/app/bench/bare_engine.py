@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import secrets
 import socket
 import time
 from collections import deque
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cipherfleet.app.bench.task_queue import Counted, Slice, Tally
@@ -129,10 +131,21 @@ def _call(wanted: Slice) -> Callable[[], object]:
         case "aes-256-gcm":
             cipher, numbers, into = AESGCM(AESGCM.generate_key(256)), itertools.count(), bytearray(wanted.size + 16)
             return lambda: cipher.encrypt_into(next(numbers).to_bytes(12, "big"), data, None, into)
+        case "aes-256-cbc":
+            cipher_, vector, room = algorithms.AES(secrets.token_bytes(32)), secrets.token_bytes(16), bytearray(wanted.size + 31)
+            return lambda: _cbc(cipher_, vector, data, room)
         case "sha-256":
             return lambda: _digest(data)
         case _:
             return lambda: None
+
+
+def _cbc(cipher: algorithms.AES, vector: bytes, data: bytes, room: bytearray) -> int:
+    """Whole blocks, without the one of padding."""
+    encryptor = Cipher(cipher, modes.CBC(vector)).encryptor()
+    written = encryptor.update_into(data, room)
+    encryptor.finalize()
+    return written
 
 
 def _digest(data: bytes) -> bytes:

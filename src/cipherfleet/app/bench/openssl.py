@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 
-NAMES = {"aes-256-gcm": "aes-256-gcm", "sha-256": "sha256"}
+NAMES = {"aes-256-gcm": "aes-256-gcm", "aes-256-cbc": "aes-256-cbc", "sha-256": "sha256"}
 
 
 async def version() -> str:

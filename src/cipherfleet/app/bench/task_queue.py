@@ -20,7 +20,7 @@ QUANTILES = 400
 class Slice(msgspec.Struct, frozen=True):
     """What to do for how long; ``begins`` and ``ends`` are by ``CLOCK_MONOTONIC``, which all processes of a host share."""
 
-    operation: str  # null | aes-256-gcm | sha-256
+    operation: str  # null | aes-256-gcm | aes-256-cbc | sha-256
     size: int
     begins: float
     ends: float

@@ -82,15 +82,26 @@ async def slices(boot: BootChannel, stop: asyncio.Event) -> AsyncIterator[Slice]
         stopping.cancel()
 
 
-async def put_into_service(card: VirtualCryptoCard, boot: BootChannel, delivery: CmkDelivery) -> int:
-    """step f, a lease, and a key: its handle."""
+class Handles(NamedTuple):
+    """Of the keys of a measurement."""
+
+    gcm: int
+    cbc: int
+
+
+async def put_into_service(card: VirtualCryptoCard, boot: BootChannel, delivery: CmkDelivery) -> Handles:
+    """step f, a lease, and the keys."""
     await card.submit(Operation.LOAD_CMK, parameters=codec.encode(delivery))
     await boot.send(LeaseWanted((await card.submit(Operation.LEASE_NONCE)).data))
     lease = await boot.receive(Signed)
     if lease is None:
         raise Internal("nobody signed the lease")
     await card.submit(Operation.LEASE, parameters=codec.encode(lease))
-    row = RowRequest(new_key_id(), 1, codec.encode(VersionAttributes("AES-256-GCM", time.time())))
+    return Handles(await generate(card, "AES-256-GCM"), await generate(card, "AES-256-CBC"))
+
+
+async def generate(card: VirtualCryptoCard, algorithm: str) -> int:
+    row = RowRequest(new_key_id(), 1, codec.encode(VersionAttributes(algorithm, time.time())))
     return (await card.submit(Operation.GENERATE, parameters=codec.encode(row))).value
 
 
@@ -111,10 +122,12 @@ async def through_a_vcc(card: VirtualCryptoCard, request: Request, wanted: Slice
     return tally.counted()
 
 
-def requests_with(handle: int) -> dict[str, Request]:
-    """What each operation of a slice asks the card for; ``handle`` is of the key."""
+def requests_with(handles: Handles) -> dict[str, Request]:
+    """What each operation of a slice asks the card for."""
+    encrypt = codec.encode(StreamRequest(Verb.ENCRYPT))
     return {
         "null": Request(Operation.NULL, 0, b""),
-        "aes-256-gcm": Request(Operation.RUN, handle, codec.encode(StreamRequest(Verb.ENCRYPT))),
+        "aes-256-gcm": Request(Operation.RUN, handles.gcm, encrypt),
+        "aes-256-cbc": Request(Operation.RUN, handles.cbc, encrypt),
         "sha-256": Request(Operation.RUN, 0, codec.encode(StreamRequest(Verb.DIGEST, digest="SHA-256"))),
     }
