@@ -109,16 +109,19 @@ class BlockStream:
             return self._blocks(view[:whole], before, into, pause, tail=padder.update(bytes(view[whole:])) + padder.finalize())
         if len(view) < BLOCK_BYTES or len(view) % BLOCK_BYTES:
             raise CiphertextTruncated(f"a ciphertext of CBC has whole blocks of {BLOCK_BYTES} bytes")
-        opened = memoryview(self._blocks(view, b"", None, pause))
+        opened = self._blocks(view, b"", None, pause)
+        if not isinstance(opened, bytearray):
+            raise RuntimeError("plaintext was written where others may read it")
         if not opened:
             raise CiphertextTruncated("a ciphertext of CBC has a block at least after its IV")
         unpadder = padding_.unpadder()
         try:
             end = unpadder.update(bytes(opened[-BLOCK_BYTES:])) + unpadder.finalize()
         except ValueError as exc:
-            opened[:] = bytes(len(opened))
+            wipe(opened)
             raise CiphertextInvalid("the ciphertext was cut or changed, or is of another key") from exc
-        return opened[: len(opened) - BLOCK_BYTES + len(end)]
+        del opened[len(opened) - BLOCK_BYTES + len(end) :]
+        return opened
 
     def _blocks(self, data: memoryview, before: bytes, into: memoryview | None, pause: Pause, tail: bytes = b"") -> bytearray | memoryview:
         if self._context is None:  # the first of a ciphertext
@@ -129,7 +132,9 @@ class BlockStream:
             if self._padded and not self._encrypt and not data:
                 return bytearray()
         size = len(before) + len(data) + len(tail) + BLOCK_BYTES - 1  # the library wants the room of a block more
-        out = memoryview(into[:size] if self._encrypt and into is not None and len(into) >= size else bytearray(size))
+        placed = self._encrypt and into is not None and len(into) >= size
+        buffer = bytearray() if placed else bytearray(size)
+        out = into[:size] if placed and into is not None else memoryview(buffer)
         out[: len(before)] = before
         at = len(before)
         for start in range(0, len(data), PART_BYTES):
@@ -138,7 +143,11 @@ class BlockStream:
             at += self._require().update_into(data[start : start + PART_BYTES], out[at:])
         if tail:
             at += self._require().update_into(tail, out[at:])
-        return out[:at]
+        if placed:
+            return out[:at]
+        out.release()
+        del buffer[at:]
+        return buffer
 
     def _require(self) -> CipherContext:
         if self._context is None:
