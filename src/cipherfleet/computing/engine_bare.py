@@ -33,6 +33,7 @@ from cipherfleet.contract.errors import (
 from cipherfleet.contract.vcc import MAX_DATA_BYTES, StreamRequest
 
 BLOCK_BYTES = 16
+_PADDING = block_padding.PKCS7(BLOCK_BYTES * 8)
 MAX_WRAPPED_BYTES = 64 * 1024
 MAX_SHORT_BYTES = 8 * 1024
 """Of what is encrypted to a public key at once; RSA takes less, as its modulus says."""
@@ -83,7 +84,8 @@ class BlockStream:
             raise TooLarge(f"at most {MAX_DATA_BYTES} bytes at a time")
         if len(data) % BLOCK_BYTES:
             raise Malformed(f"a stream of this mode is given in blocks of {BLOCK_BYTES} bytes")
-        return self._blocks(memoryview(data), b"", into, pause)
+        view = memoryview(data)
+        return self._sealed(view, b"", into, pause) if self._encrypt else self._opened(view, pause)
 
     def finish(self, data: Data, into: memoryview | None = None, pause: Pause = no_pause) -> Data:
         return self._last(data, b"", into, pause)
@@ -98,23 +100,21 @@ class BlockStream:
         if len(data) > MAX_DATA_BYTES + 2 * BLOCK_BYTES:
             raise TooLarge(f"at most {MAX_DATA_BYTES} bytes at a time; longer input is a stream")
         view = memoryview(data)
+        if not self._encrypt:
+            return self._unpadded(view, pause) if self._padded else self._opened(view, pause)
         if not self._padded:
-            out = self._blocks(view, before, into, pause)
-            self._require().finalize()
-            return out
-        padding_ = block_padding.PKCS7(BLOCK_BYTES * 8)
-        if self._encrypt:
-            whole = len(view) // BLOCK_BYTES * BLOCK_BYTES
-            padder = padding_.padder()
-            return self._blocks(view[:whole], before, into, pause, tail=padder.update(bytes(view[whole:])) + padder.finalize())
-        if len(view) < BLOCK_BYTES or len(view) % BLOCK_BYTES:
+            return self._sealed(view, before, into, pause)
+        whole = len(view) // BLOCK_BYTES * BLOCK_BYTES
+        padder = _PADDING.padder()
+        return self._sealed(view[:whole], before, into, pause, tail=padder.update(bytes(view[whole:])) + padder.finalize())
+
+    def _unpadded(self, data: memoryview, pause: Pause) -> bytearray:
+        if len(data) < BLOCK_BYTES or len(data) % BLOCK_BYTES:
             raise CiphertextTruncated(f"a ciphertext of CBC has whole blocks of {BLOCK_BYTES} bytes")
-        opened = self._blocks(view, b"", None, pause)
-        if not isinstance(opened, bytearray):
-            raise RuntimeError("plaintext was written where others may read it")
+        opened = self._opened(data, pause)
         if not opened:
             raise CiphertextTruncated("a ciphertext of CBC has a block at least after its IV")
-        unpadder = padding_.unpadder()
+        unpadder = _PADDING.unpadder()
         try:
             end = unpadder.update(bytes(opened[-BLOCK_BYTES:])) + unpadder.finalize()
         except ValueError as exc:
@@ -123,31 +123,40 @@ class BlockStream:
         del opened[len(opened) - BLOCK_BYTES + len(end) :]
         return opened
 
-    def _blocks(self, data: memoryview, before: bytes, into: memoryview | None, pause: Pause, tail: bytes = b"") -> bytearray | memoryview:
+    def _sealed(self, data: memoryview, before: bytes, into: memoryview | None, pause: Pause, tail: bytes = b"") -> bytearray | memoryview:
+        size = len(before) + len(data) + len(tail)
+        room = size + BLOCK_BYTES - 1  # the library wants it
+        out = into[:room] if into is not None and len(into) >= room else bytearray(room)
+        with memoryview(out) as view:
+            view[: len(before)] = before
+            at = len(before) + self._pass(data, view[len(before) :], pause)
+            self._pass(memoryview(tail), view[at:], pause)
+        if isinstance(out, memoryview):
+            return out[:size]
+        del out[size:]
+        return out
+
+    def _opened(self, data: memoryview, pause: Pause) -> bytearray:
+        """Never where others may read it."""
         if self._context is None:  # the first of a ciphertext
             if len(data) < BLOCK_BYTES:
                 raise CiphertextTruncated(f"a ciphertext begins with {BLOCK_BYTES} bytes of IV")
             self._context = self._start(bytes(data[:BLOCK_BYTES]))
             data = data[BLOCK_BYTES:]
-            if self._padded and not self._encrypt and not data:
-                return bytearray()
-        size = len(before) + len(data) + len(tail) + BLOCK_BYTES - 1  # the library wants the room of a block more
-        placed = self._encrypt and into is not None and len(into) >= size
-        buffer = bytearray() if placed else bytearray(size)
-        out = into[:size] if placed and into is not None else memoryview(buffer)
-        out[: len(before)] = before
-        at = len(before)
+        out = bytearray(len(data) + BLOCK_BYTES - 1)
+        with memoryview(out) as view:
+            size = self._pass(data, view, pause)
+        del out[size:]
+        return out
+
+    def _pass(self, data: memoryview, out: memoryview, pause: Pause) -> int:
+        """How many bytes came out."""
+        at = 0
         for start in range(0, len(data), PART_BYTES):
             if start:
                 pause()
             at += self._require().update_into(data[start : start + PART_BYTES], out[at:])
-        if tail:
-            at += self._require().update_into(tail, out[at:])
-        if placed:
-            return out[:at]
-        out.release()
-        del buffer[at:]
-        return buffer
+        return at
 
     def _require(self) -> CipherContext:
         if self._context is None:
