@@ -1,50 +1,52 @@
 """The consumer's rows and statements as one VCM sees them: nothing of the escrow is believed before it is checked.
 
-A view counts only with the HSM's signature over its log, when the log passes through what the Ukey and this VCM have seen
-before. If one does not, nothing is served from the escrow until a good one came: fail closed.
+The log comes in pages and only what is new of it; rows come when they are needed, and in the background all of them once, each
+checked against the log. The log counts only with the HSM's signature, when it passes through what the Ukey and this VCM have
+seen before. If it does not, or a row does not fit, nothing is served from the escrow until a good one came: fail closed.
 """
 
 import asyncio
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 from cipherfleet.channel import signing
+from cipherfleet.computing.vcm_rows import RowCache
+from cipherfleet.computing.vcm_sweep import Sweep
 from cipherfleet.contract.errors import (
     CheckpointForged,
     CipherfleetError,
     EscrowRolledBack,
+    EscrowRowForeign,
     EscrowRowTampered,
+    KeyUnknown,
     KmcUnavailable,
     StateConflict,
     StatementForged,
     Tampered,
 )
-from cipherfleet.contract.escrow import (
-    EscrowRow,
-    EscrowView,
-    LogEntry,
-    RowWrite,
-    Seen,
-    StatementEntry,
-    check_follows,
-    check_view,
-    genesis,
-    heads,
-    replay,
-    row_digest,
-)
+from cipherfleet.contract.escrow import EscrowRow, LogEntry, RowName, RowWrite, Seen, StatementEntry, check_follows, replay, row_digest
+from cipherfleet.contract.escrow_state import Changes, EscrowState
 from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId
-from cipherfleet.contract.kmc_api import EscrowReceipt, EscrowWrite
-from cipherfleet.contract.statements import CheckpointStatement
+from cipherfleet.contract.kmc_api import (
+    MAX_ROW_NAMES,
+    MAX_STATEMENT_NAMES,
+    EscrowReceipt,
+    EscrowWrite,
+    LogPage,
+    RowsReply,
+    RowsRequest,
+    StatementsReply,
+    StatementsRequest,
+)
+from cipherfleet.contract.statements import CheckpointStatement, Signed
 
 T = TypeVar("T")
 
-Rows = dict[int, EscrowRow]
-
 REFRESH_S = 0.05
 """Looks at the escrow are at least this far apart, however many callers name what is not there."""
+ATTEMPTS = 8
+"""How often rows are asked for again because the log went on meanwhile."""
 
 
 class Kmc(Protocol):
@@ -54,24 +56,32 @@ class Kmc(Protocol):
 
 
 class Escrow:
-    """``rows`` and ``statements``, and the point of the log (``seen``) at which they stand."""
+    """Rows on demand, ``statements``, and the point of the log (``seen``) at which they stand."""
 
     def __init__(self, consumer: ConsumerId, kmc: Kmc, kmc_signing_key: bytes) -> None:
         self._consumer, self._kmc, self._key = consumer, kmc, kmc_signing_key
         self._lock = asyncio.Lock()
         self._asked = float("-inf")
         self._fault: CipherfleetError | None = None
+        self._suspects: dict[RowName, None] = {}  # rows to look at before anything is served
         self._outcome: CipherfleetError | None = None  # of the newest look, for those who shared it
         self._pinned: Seen | None = None
-        self._heads: list[bytes] = []  # of the log, by sequence
+        self._state: EscrowState | None = None
+        self._cache = RowCache()
+        self._news: set[KeyId] = set()
+        self._sweep: Sweep | None = None
         self.seen: Seen | None = None
-        self.rows: dict[KeyId, Rows] = {}
         self.statements: dict[ApplicationName, StatementEntry] = {}
 
     async def load(self, seen: Seen, kmc_signing_key: bytes = b"") -> None:
-        """step g: the first view. ``seen`` and whose checkpoints count is what the Ukey knew. Raises what ``refresh`` raises."""
+        """step g: the whole log, and the first rows; ``sweep_page`` brings the others.
+
+        ``seen`` and whose checkpoints count is what the Ukey knew. Raises what ``refresh`` raises.
+        """
         self.seen, self._key = seen, kmc_signing_key or self._key
         await self.refresh()
+        self._sweep = Sweep(0 if self._state is None else self._state.rows)
+        await self.sweep_page()
 
     def pin(self, point: Seen) -> None:
         """The Ukey has seen ``point``: nothing is served from the escrow until its log leads through it.
@@ -80,12 +90,12 @@ class Escrow:
         """
         if self._pinned is None or point.sequence >= self._pinned.sequence:
             self._pinned = point
-        if self.seen is not None and self._heads and not self.behind:
-            self._check_point(self.seen.epoch, self._heads, point)
+        if self._state is not None and not self.behind:
+            _check_point(self._state, point)
 
     @property
     def behind(self) -> bool:
-        """Whether the Ukey has seen more than this view shows."""
+        """Whether the Ukey has seen more than this VCM."""
         return self.seen is not None and self._pinned is not None and self.seen.sequence < self._pinned.sequence
 
     async def refresh(self) -> None:
@@ -103,21 +113,89 @@ class Escrow:
             await self._refresh()
 
     async def require(self) -> None:
-        """That the newest view was a good one that shows what the Ukey has seen; looks again if not. Raises what ``refresh`` does."""
+        """That the newest look was a good one that shows what the Ukey has seen; looks again if not. Raises what ``refresh`` does."""
         while self._fault is not None or self.behind:
             await self.refresh()
+
+    # -- what there is -------------------------------------------------------------------------------------------------
+
+    def versions(self, key: KeyId) -> tuple[int, ...]:
+        """The versions of a key's material; empty for a key that the log does not name."""
+        return () if self._state is None else self._state.versions(key)
+
+    def has(self, key: KeyId, version: int) -> bool:
+        return self._state is not None and self._state.number(key, version) is not None
+
+    @property
+    def keys(self) -> int:
+        """How many keys there are, deleted ones included."""
+        return 0 if self._state is None else self._state.keys
+
+    def keys_from(self, position: int, count: int) -> Iterator[KeyId]:
+        """Keys in the order of their creation: the log has all of them, whatever the KMC shows."""
+        return iter(()) if self._state is None else self._state.keys_from(position, count)
+
+    def take_news(self) -> set[KeyId]:
+        """Keys whose attributes somebody changed since the last call."""
+        news, self._news = self._news, set()
+        return news
+
+    async def row(self, key: KeyId, version: int) -> EscrowRow:
+        """One row, checked. Raises as ``rows``."""
+        return (await self.rows((RowName(key, version),)))[0]
+
+    async def rows(self, names: Sequence[RowName]) -> list[EscrowRow]:
+        """These rows, each checked against the log; from the cache, or from the KMC.
+
+        Raises ``KeyUnknown`` for one that the log does not name, ``EscrowRowTampered``, ``EscrowRowForeign`` or ``EscrowRolledBack``
+        for one that is not what the log names, ``KmcUnavailable``.
+        """
+        found = {name: row for name in names if (row := self._kept(name)) is not None}
+        missing = list(dict.fromkeys(name for name in names if name not in found))
+        for name in missing:
+            if not self.has(name.key, name.version):
+                raise KeyUnknown(f"there is no key {name.key}" if name.version == 0 else f"key {name.key} has no version {name.version}")
+        for start in range(0, len(missing), MAX_ROW_NAMES):
+            found |= await self._fetch(missing[start : start + MAX_ROW_NAMES], self.refresh)
+        return [found[name] for name in names]
+
+    @property
+    def swept(self) -> bool:
+        """Whether every row there was at the beginning has been checked."""
+        return self._sweep is not None and self._sweep.ended
+
+    async def sweep_page(self) -> list[EscrowRow]:
+        """Check the next rows; with the last ones, that none is missing. One call at a time. Raises as ``rows``."""
+        sweep = self._sweep
+        if sweep is None:
+            raise RuntimeError("there is nothing to sweep before load()")
+        before = self.seen
+        reply = await self._kmc.call("GET", sweep.path, reply=RowsReply)
+        try:
+            names = sweep.names(reply.rows)
+            rows = await self._fetch(names, self.refresh, (before, reply.rows))
+            sweep.passed(names, [self._state.number(name.key, name.version) for name in names] if self._state is not None else ())
+            if reply.end or not names:
+                sweep.end()
+        except Tampered as exc:
+            self._fault = exc
+            raise
+        return list(rows.values())
+
+    # -- changes -------------------------------------------------------------------------------------------------------
 
     async def write(self, rows: Sequence[EscrowRow], *, replaces: Sequence[EscrowRow | None], actor: str, event: str) -> None:
         """Store rows, all or none; on return the escrow has committed them.
 
         Raises ``StateConflict`` when one was changed meanwhile (``refresh`` then), or ``KmcUnavailable``.
         """
-        writes = tuple(RowWrite(row, b"" if old is None else row_digest(old)) for row, old in zip(rows, replaces, strict=True))
+        digests = [b"" if old is None else row_digest(old) for old in replaces]
+        writes = tuple(RowWrite(row, previous) for row, previous in zip(rows, digests, strict=True))
         async with self._lock:
-            for row, old in zip(rows, replaces, strict=True):
-                if self.rows.get(row.key, {}).get(row.version) != old:
+            for row, previous in zip(rows, digests, strict=True):
+                if self._state is None or self._state.digest(row.key, row.version) != previous:
                     raise StateConflict(f"row {row.subject} was changed meanwhile")
-                check_follows(row, b"" if old is None else row_digest(old))
+                check_follows(row, previous)
             receipt = await self._kmc.call("POST", "/v1/escrow", EscrowWrite(writes, actor, event), reply=EscrowReceipt)
             for row, entry in zip(rows, receipt.log, strict=False):
                 if entry.subject != row.subject or entry.digest != row_digest(row):
@@ -126,57 +204,219 @@ class Escrow:
                 raise EscrowRowTampered("the escrow's receipt does not name what was written")
             if receipt.log[0].sequence != self.seen.sequence + 1:  # somebody else wrote in between
                 await self._refresh()
-                return
-            self._extend(self.seen, receipt.log)
+            else:
+                self._extend(receipt.log)
             for row in rows:
-                self.rows.setdefault(row.key, {})[row.version] = row
+                self._keep(row)
+
+    def _extend(self, log: tuple[LogEntry, ...]) -> None:
+        """The log went on with our own entries."""
+        pinned, was = self._pinned, self.seen
+        assert self._state is not None  # noqa: S101 - what is written continues it
+        assert was is not None  # noqa: S101
+        try:
+            self._apply(self._state, log)
+            if pinned is not None and was.sequence < pinned.sequence <= self._state.sequence:
+                _check_point(self._state, pinned)
+        except EscrowRolledBack as exc:
+            self._fault, self._state = exc, None
+            raise
+        self.seen = self._state.point
+
+    # -- the log -------------------------------------------------------------------------------------------------------
 
     async def _refresh(self) -> None:
+        """The lock is held."""
         self._asked = time.monotonic()
         self._outcome = KmcUnavailable("the look at the escrow was given up")
-        pinned = self._pinned  # what is pinned later may be newer than the answer
         try:
-            view = await self._kmc.call("GET", "/v1/escrow", reply=EscrowView)
-            point = self._check(view)
-            known = heads(Seen(point.epoch, 0, genesis(self._consumer, point.epoch)), view.log)
-            if pinned is not None:
-                self._check_point(point.epoch, known, pinned)
-            self.seen, self._heads = point, known
+            await self._read_log()
+            while names := [name for name in self._suspects if self.has(name.key, name.version)][:MAX_ROW_NAMES]:
+                await self._fetch(names, self._read_log)
+                for name in names:
+                    self._suspects.pop(name, None)
         except CipherfleetError as exc:
             self._outcome = exc
             if isinstance(exc, Tampered):
                 self._fault = exc
             raise
+        self._suspects.clear()
         self._fault = self._outcome = None
-        rows: defaultdict[KeyId, Rows] = defaultdict(dict)
-        for row in view.rows:
-            rows[row.key][row.version] = row
-        self.rows = dict(rows)
-        self.statements = {kept.name: kept for kept in view.statements}
 
-    def _extend(self, seen: Seen, log: tuple[LogEntry, ...]) -> None:
-        """The log went on with our own entries."""
-        after = replay(seen, log)
-        known = [*self._heads[:-1], *heads(seen, log)]
+    async def _read_log(self) -> None:
+        """What is new of it, up to a checkpoint that fits; all of it when there is none that was good."""
+        pinned, seen = self._pinned, self.seen  # what is pinned later may be newer than the answer
+        assert seen is not None  # noqa: S101 - load() came first
+        state = self._state
+        if state is None:
+            state = fresh = EscrowState(self._consumer, seen.epoch)
+
+            def take(log: Sequence[LogEntry]) -> None:
+                changes = fresh.apply(log)
+                if fresh.sequence > seen.sequence:
+                    self._suspects |= {RowName(key, 0): None for key in changes.keys}
+
+            checkpoint = await self._pages(state.point, take)
+            self._check(checkpoint, state.point, seen)
+            if not state.leads_through(seen):
+                raise EscrowRolledBack("the escrow's history differs from the one seen before")
+            if pinned is not None:
+                _check_point(state, pinned)
+            await self._read_statements(state, set(state.applications))
+            self._cache.clear()
+            self._state = state
+        else:
+            new: list[LogEntry] = []
+            checkpoint = await self._pages(state.point, new.extend)
+            self._check(checkpoint, replay(state.point, tuple(new)), seen)
+            try:
+                changes = self._apply(state, new)
+                self._suspects |= {RowName(key, 0): None for key in changes.keys}  # what others changed is looked at
+                if pinned is not None:
+                    _check_point(state, pinned)
+                await self._read_statements(state, changes.applications)
+            except CipherfleetError:
+                self._state = None  # it is read again from its beginning
+                raise
+        self.seen = state.point
+
+    async def _pages(self, point: Seen, take: Callable[[tuple[LogEntry, ...]], object]) -> Signed:
+        """All entries after ``point``, to ``take`` page by page; the checkpoint behind them."""
+        sequence = point.sequence
+        while True:
+            page = await self._kmc.call("GET", f"/v1/escrow?after={sequence}", reply=LogPage)
+            take(page.log)
+            sequence += len(page.log)
+            if page.checkpoint is not None:
+                return page.checkpoint
+            if not page.log:
+                raise EscrowRolledBack("the escrow's log ends without a checkpoint")
+
+    def _check(self, signed: Signed, reached: Seen, seen: Seen) -> None:
+        """That the log up to ``reached`` is the one that the HSM signed, and no older than what was ``seen``."""
         try:
-            if self._pinned is not None and seen.sequence < self._pinned.sequence <= after.sequence:
-                self._check_point(seen.epoch, known, self._pinned)
-        except EscrowRolledBack as exc:
-            self._fault = exc
-            raise
-        self.seen, self._heads = after, known
-
-    def _check_point(self, epoch: int, known: list[bytes], point: Seen) -> None:
-        if epoch != point.epoch or len(known) <= point.sequence or known[point.sequence] != point.head:
-            raise EscrowRolledBack(f"the escrow's log does not lead through change {point.sequence}, which the Ukey has seen")
-
-    def _check(self, view: EscrowView) -> Seen:
-        try:
-            statement = signing.verify(view.checkpoint, CheckpointStatement, (self._key,))
+            statement = signing.verify(signed, CheckpointStatement, (self._key,))
         except StatementForged as exc:
             raise CheckpointForged("the escrow's checkpoint is not signed by the HSM") from exc
         if statement.consumer != self._consumer:
             raise CheckpointForged("the escrow's checkpoint is another consumer's")
-        checkpoint = Seen(statement.epoch, statement.sequence, statement.head)
-        check_view(self._consumer, view, checkpoint, self.seen)
-        return checkpoint
+        if statement.epoch != seen.epoch:
+            raise EscrowRolledBack(f"the escrow is in epoch {statement.epoch}, {seen.epoch} was seen before")
+        if statement.sequence < seen.sequence:
+            raise EscrowRolledBack(f"the escrow shows {statement.sequence} changes, {seen.sequence} were seen before")
+        if Seen(statement.epoch, statement.sequence, statement.head) != reached:
+            raise EscrowRolledBack("the escrow's log does not lead to its checkpoint")
+
+    def _apply(self, state: EscrowState, log: Sequence[LogEntry]) -> Changes:
+        changes = state.apply(log)
+        for number in changes.rows:
+            self._cache.drop(number)
+        self._news |= changes.keys
+        return changes
+
+    async def _read_statements(self, state: EscrowState, names: set[ApplicationName]) -> None:
+        """The newest statements of these applications. Raises ``EscrowRowTampered`` or ``EscrowRolledBack``."""
+        for _ in range(ATTEMPTS):
+            try:
+                await self._check_statements(state, sorted(names))
+            except Tampered:
+                new: list[LogEntry] = []  # one may have been signed since the log was read
+                checkpoint = await self._pages(state.point, new.extend)
+                self._check(checkpoint, replay(state.point, tuple(new)), state.point)
+                if not new:
+                    raise
+                names |= self._apply(state, new).applications
+            else:
+                return
+        raise KmcUnavailable("the escrow's statements change faster than they can be read")
+
+    async def _check_statements(self, state: EscrowState, names: Sequence[ApplicationName]) -> None:
+        found: dict[ApplicationName, StatementEntry] = {}
+        for start in range(0, len(names), MAX_STATEMENT_NAMES):
+            asked = tuple(names[start : start + MAX_STATEMENT_NAMES])
+            reply = await self._kmc.call("POST", "/v1/escrow/statements", StatementsRequest(asked), reply=StatementsReply)
+            kept = {entry.name: entry for entry in reply.statements}
+            for name in asked:
+                if name not in kept:
+                    raise EscrowRolledBack(f"the statement for application {name} is missing")
+                state.check_statement(kept[name])
+                found[name] = kept[name]
+        self.statements |= found
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
+
+    def _kept(self, name: RowName) -> EscrowRow | None:
+        number = None if self._state is None else self._state.number(name.key, name.version)
+        parts = None if number is None else self._cache.get(number)
+        return None if parts is None else EscrowRow(self._consumer, name.key, name.version, *parts)
+
+    def _keep(self, row: EscrowRow, *, if_room: bool = False) -> None:
+        """``row`` has just been checked, or written."""
+        if self._state is not None and not (if_room and self._cache.full):
+            number = self._state.number(row.key, row.version)
+            if number is not None and self._state.digest(row.key, row.version) == row_digest(row):
+                self._cache.put(number, row)
+
+    async def _fetch(
+        self,
+        names: Sequence[RowName],
+        read_log: Callable[[], Awaitable[None]],
+        shown: tuple[Seen | None, Sequence[EscrowRow]] | None = None,
+    ) -> dict[RowName, EscrowRow]:
+        """Rows from the KMC, checked. Those that do not fit are asked for again, as long as the log goes on meanwhile.
+
+        ``shown``: rows that the KMC has shown already, and where the log stood before.
+        """
+        good: dict[RowName, EscrowRow] = {}
+        wanted, swept = list(names), shown is not None
+        error: CipherfleetError = KmcUnavailable("the escrow changes faster than it can be read")
+        for _ in range(ATTEMPTS):
+            if shown is None:
+                before = self.seen
+                reply = await self._kmc.call("POST", "/v1/escrow/rows", RowsRequest(tuple(wanted)), reply=RowsReply)
+                shown = before, reply.rows
+            before, rows = shown
+            wrong = self._take(rows, wanted, good, swept=swept)
+            if wrong is None:
+                return good
+            shown, wanted, error = None, [name for name in wanted if name not in good], wrong
+            if self.seen == before:
+                await read_log()
+            if self.seen == before:
+                break
+        if isinstance(error, Tampered):
+            self._fault = error
+            self._suspects |= dict.fromkeys(names)
+        raise error
+
+    def _take(
+        self, rows: Sequence[EscrowRow], wanted: list[RowName], good: dict[RowName, EscrowRow], *, swept: bool
+    ) -> CipherfleetError | None:
+        """Keep the rows that are what the log names; what is wrong with the others, or with there not being one."""
+        if self._state is None:
+            return KmcUnavailable("the escrow is being read again")
+        error: CipherfleetError | None = None
+        asked = set(wanted)
+        for row in rows:
+            name = RowName(row.key, row.version)
+            try:
+                if name not in asked:
+                    raise EscrowRowForeign(f"row {row.subject} came without being asked for")
+                self._state.check_row(row)
+            except Tampered as exc:
+                error = error or exc
+            else:
+                good[name] = row
+                self._keep(row, if_room=swept)
+        missing = next((name for name in wanted if name not in good), None)
+        if error is None and missing is not None:
+            error = EscrowRolledBack(f"row {missing.subject} is missing")
+        return error
+
+
+def _check_point(state: EscrowState, point: Seen) -> None:
+    if not state.leads_through(point):
+        raise EscrowRolledBack(f"the escrow's log does not lead through change {point.sequence}, which the Ukey has seen")
+
+
+__all__ = ["Escrow", "Kmc"]

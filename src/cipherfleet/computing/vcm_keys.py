@@ -11,7 +11,7 @@ from contextlib import suppress
 import msgspec
 
 from cipherfleet.channel import codec
-from cipherfleet.computing.vcm_escrow import Escrow, Rows
+from cipherfleet.computing.vcm_escrow import Escrow
 from cipherfleet.contract.algorithms import Kind, algorithm
 from cipherfleet.contract.errors import (
     CipherfleetError,
@@ -20,16 +20,19 @@ from cipherfleet.contract.errors import (
     KeyDisabled,
     KeyUnknown,
     ServiceOff,
+    ServiceUnavailable,
     StateConflict,
     WrongKeyType,
 )
-from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, KeyState, VersionAttributes, decode_attributes, row_digest
+from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, KeyState, RowName, VersionAttributes, decode_attributes, row_digest
 from cipherfleet.contract.ids import KeyId, new_key_id
 from cipherfleet.contract.vcc import ImportRequest, Operation, RowRequest, VirtualCryptoCard
 from cipherfleet.contract.vcm import KeyUse
 from cipherfleet.contract.vcm_api import KeyDescription
 
 _EVENTS = {KeyState.ENABLED: "key-enable", KeyState.DISABLED: "key-disable", KeyState.DELETED: "key-delete"}
+
+SWEEP_AGAIN_S = 1.0
 
 
 class Keys:
@@ -100,8 +103,7 @@ class Keys:
         """All keys, deleted ones too, oldest first."""
         self._require_loaded()
         await self._escrow.require()
-        found = [await self.describe(key) for key in list(self._escrow.rows)]
-        return sorted(found, key=lambda description: description.created_at)
+        return [await self.describe(key) for key in self._escrow.keys_from(0, self._escrow.keys)]
 
     async def use(self, key: KeyId, *, version: int | None = None) -> KeyUse:
         attributes, _ = await self._attributes(key)
@@ -115,11 +117,24 @@ class Keys:
     async def refresh(self) -> None:
         """Somebody else changed the escrow: see what, and unload what is deleted."""
         await self._escrow.refresh()
-        for key in {key for key, _ in self._handles}:
+        for key in self._escrow.take_news() & {key for key, _ in self._handles}:
             with suppress(CipherfleetError):  # a row that is not good is refused when it is used
                 attributes, _ = await self._attributes(key)
                 if attributes.state is KeyState.DELETED:
                     await self._unload(key)
+
+    async def sweep(self) -> None:
+        """Have every row of the escrow checked, beside the service: half of the time at most goes into it.
+
+        Raises what ``Escrow.rows`` raises for one that is not what the log names.
+        """
+        while not self._escrow.swept:
+            began = time.monotonic()
+            try:
+                await self._escrow.sweep_page()
+            except ServiceUnavailable:
+                await asyncio.sleep(SWEEP_AGAIN_S)
+            await asyncio.sleep(time.monotonic() - began)
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
@@ -127,21 +142,22 @@ class Keys:
         if self._escrow.seen is None:
             raise ServiceOff("the keys are not loaded yet")
 
-    async def _rows(self, key: KeyId) -> Rows:
+    async def _known(self, key: KeyId) -> None:
+        """That the log names this key. Raises ``KeyUnknown``."""
         self._require_loaded()
         await self._escrow.require()
-        if key not in self._escrow.rows:
+        if not self._escrow.has(key, 0) and not self._escrow.versions(key):
             await self._escrow.refresh()  # another VCM may have made it a moment ago
-        rows = self._escrow.rows.get(key)
-        if rows is None:
-            raise KeyUnknown(f"there is no key {key}")
-        return rows
+            if not self._escrow.has(key, 0) and not self._escrow.versions(key):
+                raise KeyUnknown(f"there is no key {key}")
 
     async def _attributes(self, key: KeyId) -> tuple[KeyAttributes, EscrowRow]:
         """What is true of a key, after the card has checked that this consumer's CMK sealed it."""
-        row = (await self._rows(key)).get(0)
-        if row is None:
+        await self._known(key)
+        if not self._escrow.has(key, 0):
             raise EscrowRowTampered(f"key {key} lacks its attributes")
+        newest = self._escrow.versions(key)[-1:]
+        row = (await self._escrow.rows((RowName(key, 0), *(RowName(key, version) for version in newest))))[0]
         known = self._checked.get(key)
         if known is not None and known[0] == row:
             return known[1], row
@@ -154,22 +170,22 @@ class Keys:
 
     async def _describe(self, key: KeyId, attributes: KeyAttributes) -> KeyDescription:
         chosen = algorithm(attributes.algorithm)
-        public_key = b""
+        public_key, version = b"", attributes.current_version
         if not chosen.secret_key and attributes.state is not KeyState.DELETED:
-            if (key, attributes.current_version) not in self._handles:
-                await self._load(key, attributes.current_version)  # so the card has checked the public key, too
-            public_key = _version_attributes(self._escrow.rows[key][attributes.current_version]).public_key
-        current = self._escrow.rows[key].get(attributes.current_version)
+            if (key, version) not in self._handles:
+                await self._load(key, version)  # so the card has checked the public key, too
+            public_key = _version_attributes(await self._escrow.row(key, version)).public_key
+        current = await self._escrow.row(key, version) if self._escrow.has(key, version) else None
         return KeyDescription(
             id=key,
             algorithm=chosen.name,
-            version=attributes.current_version,
+            version=version,
             state=attributes.state,
             label=attributes.label,
             created_at=attributes.created_at,
             created_by=attributes.created_by,
             uses=tuple(chosen.uses),
-            versions=tuple(sorted(version for version in self._escrow.rows[key] if version > 0)),
+            versions=self._escrow.versions(key),
             public_key=public_key,
             imported=current is not None and _version_attributes(current).imported,
             bare=attributes.bare,
@@ -217,12 +233,12 @@ class Keys:
         async with self._loading:
             handle = self._handles.get((key, version))
             if handle is None:
-                row = (await self._rows(key)).get(version) if version > 0 else None
-                if row is None and version > 0:
+                await self._known(key)
+                if version > 0 and not self._escrow.has(key, version):
                     await self._escrow.refresh()  # another VCM may have rotated it a moment ago
-                    row = (await self._rows(key)).get(version)
-                if row is None:
+                if version <= 0:
                     raise KeyUnknown(f"key {key} has no version {version}")
+                row = await self._escrow.row(key, version)
                 done = await self._card.submit(Operation.LOAD, parameters=codec.encode(row))
                 handle = self._handles[key, version] = done.value
             return handle

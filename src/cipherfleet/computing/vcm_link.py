@@ -15,7 +15,7 @@ from cipherfleet.channel.frames import Frames
 from cipherfleet.channel.server import Server
 from cipherfleet.computing.vcm import Vcm
 from cipherfleet.computing.vcm_kmc import KmcAccess
-from cipherfleet.contract.errors import CipherfleetError, EscrowRolledBack, ServiceUnavailable
+from cipherfleet.contract.errors import CipherfleetError, EscrowRolledBack, ServiceUnavailable, Tampered
 from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.kmc_api import (
     CardReady,
@@ -202,6 +202,10 @@ class Link:
         if self._channel is not None:
             await self._channel.send(Serving())
         await self._on_serving()
+        try:
+            await self._vcm.keys.sweep()
+        except Tampered as exc:
+            self._vcm.end(exc.code, exc.message)
 
     def _refresh_soon(self) -> None:
         """See what is there now, and go on until it was seen."""

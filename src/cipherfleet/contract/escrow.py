@@ -1,8 +1,8 @@
 """The key escrow's rows, their log and the checkpoint over it: what the VCM stores and how a rollback shows.
 
 Every change of a row appends an entry to the consumer's log; the log's head is a hash chain over all entries. The HSM
-signs (sequence, head), the Ukey keeps the newest one it saw, and a VCM replays the chain before it trusts a row. So a
-row that was removed, edited, moved or set back does not pass, not even by the one who runs the database.
+signs (sequence, head), the Ukey keeps the newest one it saw, and a VCM replays the chain before it trusts a row (see
+``escrow_state``). So a row that was removed, edited, moved or set back does not pass, not even by the one who runs the database.
 
 Whoever runs the HSM, too, can append what was written before, or what was made and kept back. What the consumer's side
 signed and sealed says what it follows (a statement's sequence, ``KeyAttributes.previous``), so that is found as well.
@@ -13,7 +13,7 @@ from enum import StrEnum
 
 import msgspec
 
-from cipherfleet.contract.errors import EscrowRolledBack, EscrowRowForeign, EscrowRowTampered, Malformed
+from cipherfleet.contract.errors import EscrowRolledBack, EscrowRowTampered, Malformed
 from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId
 from cipherfleet.contract.statements import Signed
 
@@ -75,6 +75,17 @@ class EscrowRow(msgspec.Struct, frozen=True):
         return f"key/{self.key}/{self.version}"
 
 
+class RowName(msgspec.Struct, frozen=True, array_like=True):
+    """Which row: version 0 is the key's attributes."""
+
+    key: KeyId
+    version: int
+
+    @property
+    def subject(self) -> str:
+        return f"key/{self.key}/{self.version}"
+
+
 class LogEntry(msgspec.Struct, frozen=True, array_like=True):
     """One change: ``subject`` got a row (or statement) whose SHA-256 is ``digest``."""
 
@@ -100,15 +111,6 @@ class StatementEntry(msgspec.Struct, frozen=True):
     @property
     def subject(self) -> str:
         return f"{APPLICATION}{self.name}@{self.sequence}"
-
-
-class EscrowView(msgspec.Struct, frozen=True):
-    """What the escrow hands to an authenticated VCM: all rows, all statements, the whole log and its checkpoint."""
-
-    rows: tuple[EscrowRow, ...]
-    statements: tuple[StatementEntry, ...]
-    log: tuple[LogEntry, ...]
-    checkpoint: Signed
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -157,54 +159,6 @@ def replay(start: Seen, log: tuple[LogEntry, ...]) -> Seen:
     return Seen(start.epoch, sequence, head)
 
 
-def heads(start: Seen, log: tuple[LogEntry, ...]) -> list[bytes]:
-    """The head at ``start`` and after each entry of ``log``."""
-    found = [start.head]
-    for entry in log:
-        found.append(extend(found[-1], entry))
-    return found
-
-
-def check_continues(log: tuple[LogEntry, ...], seen: Seen) -> None:
-    """That a whole log (from the first entry) passes through ``seen``. Raises ``EscrowRolledBack``."""
-    if len(log) < seen.sequence:
-        raise EscrowRolledBack(f"the escrow shows {len(log)} changes, {seen.sequence} were seen before")
-
-
-def check_view(consumer: ConsumerId, view: EscrowView, checkpoint: Seen, seen: Seen | None) -> None:
-    """That a view is whole, newest, and this consumer's.
-
-    ``checkpoint`` is the verified payload of ``view.checkpoint``; ``seen`` what the caller knew before. Raises
-    ``EscrowRolledBack``, ``EscrowRowForeign`` or ``EscrowRowTampered``.
-    """
-    point = Seen(checkpoint.epoch, 0, genesis(consumer, checkpoint.epoch))
-    if seen is not None and seen.epoch != checkpoint.epoch:
-        raise EscrowRolledBack(f"the escrow is in epoch {checkpoint.epoch}, {seen.epoch} was seen before")
-    if seen is not None:
-        check_continues(view.log, seen)
-        if replay(point, view.log[: seen.sequence]).head != seen.head:
-            raise EscrowRolledBack("the escrow's history differs from the one seen before")
-    if replay(point, view.log) != checkpoint:
-        raise EscrowRolledBack("the escrow's log does not lead to its checkpoint")
-    history = _histories(view.log)
-    for row in view.rows:
-        if row.consumer != consumer:
-            raise EscrowRowForeign(f"row of key {row.key} belongs to another consumer")
-        digests = history.pop(row.subject, None)
-        if digests is None:
-            raise EscrowRowForeign(f"row {row.subject} was never written by this consumer")
-        if digests[-1] != (digest := row_digest(row)):
-            if digest in digests:
-                raise EscrowRolledBack(f"row {row.subject} was set back to what it was before")
-            raise EscrowRowTampered(f"row {row.subject} is not the one that was written last")
-        check_follows(row, digests[-2] if len(digests) > 1 else b"")
-    for kept in view.statements:
-        if history.pop(kept.subject, None) != [statement_digest(kept.statement)]:
-            raise EscrowRowTampered(f"the statement for application {kept.name} is not the newest one")
-    if history:
-        raise EscrowRolledBack(f"{len(history)} rows are missing, first {min(history)}")
-
-
 def check_follows(row: EscrowRow, previous: bytes) -> None:
     """That a key's attributes replace what the log has before them (a digest, or empty), and that its material replaces nothing.
 
@@ -221,30 +175,6 @@ def check_follows(row: EscrowRow, previous: bytes) -> None:
         raise EscrowRowTampered(f"row {row.subject} cannot be read") from exc
     if not isinstance(attributes, KeyAttributes) or attributes.previous != previous:
         raise EscrowRolledBack(f"row {row.subject} was not made to replace the one before it")
-
-
-def _histories(log: tuple[LogEntry, ...]) -> dict[str, list[bytes]]:
-    """What each row held, oldest first, and of each application the newest statement alone.
-
-    Rows are sealed anew for each change and statements are numbered, so none comes twice. Raises ``EscrowRolledBack``.
-    """
-    history: dict[str, list[bytes]] = {}
-    labels: dict[str, str] = {}  # of each application: its newest
-    written: set[tuple[str, bytes]] = set()
-    newest = 0
-    for entry in log:
-        if (entry.subject, entry.digest) in written:
-            raise EscrowRolledBack(f"entry {entry.sequence} sets {entry.subject} back to what it was before")
-        written.add((entry.subject, entry.digest))
-        if entry.subject.startswith(APPLICATION):
-            name, _, number = entry.subject.rpartition("@")
-            if not number.isdecimal() or f"{name}@{int(number)}" != entry.subject or int(number) <= newest:
-                raise EscrowRolledBack(f"entry {entry.sequence} brings {entry.subject} after statement {newest}")
-            newest = int(number)
-            history.pop(labels.get(name, ""), None)
-            labels[name] = entry.subject
-        history.setdefault(entry.subject, []).append(entry.digest)
-    return history
 
 
 def decode_attributes(row: EscrowRow) -> KeyAttributes | VersionAttributes:

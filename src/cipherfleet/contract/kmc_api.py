@@ -22,8 +22,11 @@
     machine    POST   /v1/cards                            CardRequest -> CardReply           certify a freshly started card
     machine    POST   /v1/vcms/{vcm}/certificate           VcmCertificateRequest -> Chain     (flow step e)
     vcm        POST   /v1/certificate                      CertificateRequest -> Chain        renewal
-    vcm        GET    /v1/escrow                           -> EscrowView                      (flow step g)
+    vcm        GET    /v1/escrow?after=                    -> LogPage                         (flow step g)
     vcm        POST   /v1/escrow                           EscrowWrite -> EscrowReceipt
+    vcm        POST   /v1/escrow/rows                      RowsRequest -> RowsReply           the rows that are named
+    vcm        GET    /v1/escrow/rows?after=               -> RowsReply                       all rows, by key and version, in pages
+    vcm        POST   /v1/escrow/statements                StatementsRequest -> StatementsReply
     vcm        GET    /v1/audit                            -> AuditLog                        own consumer only
     vcm        WS     /v1/vcm                              VcmToKmc / KmcToVcm
     terminal   WS     /v1/terminal                         TerminalToKmc / KmcToTerminal
@@ -32,10 +35,13 @@
 
 import msgspec
 
-from cipherfleet.contract.escrow import LogEntry, RowWrite
+from cipherfleet.contract.escrow import EscrowRow, LogEntry, RowName, RowWrite, StatementEntry
 from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, MachineId, Serial, TokenId, VcmId
 from cipherfleet.contract.messages import Chain, Message
 from cipherfleet.contract.statements import Purpose, Right, Signed
+
+MAX_ROW_NAMES = 512
+MAX_STATEMENT_NAMES = 512
 
 
 class EnrolRequest(Message, frozen=True):
@@ -175,6 +181,36 @@ class EscrowReceipt(Message, frozen=True):
     """Committed to disk. ``log`` holds the new entries, in order."""
 
     log: tuple[LogEntry, ...]
+
+
+class LogPage(Message, frozen=True):
+    """Entries after the one that was named; on the last page the HSM's word on where the log stands."""
+
+    log: tuple[LogEntry, ...]
+    checkpoint: Signed | None = None
+
+
+class RowsRequest(Message, frozen=True):
+    """At most ``MAX_ROW_NAMES``."""
+
+    rows: tuple[RowName, ...]
+
+
+class RowsReply(Message, frozen=True):
+    """Those that are there; whoever asks checks each against the log. ``end``: of all rows in pages, these are the last."""
+
+    rows: tuple[EscrowRow, ...]
+    end: bool = False
+
+
+class StatementsRequest(Message, frozen=True):
+    """At most ``MAX_STATEMENT_NAMES``."""
+
+    names: tuple[ApplicationName, ...]
+
+
+class StatementsReply(Message, frozen=True):
+    statements: tuple[StatementEntry, ...]
 
 
 class VcmToKmc(msgspec.Struct, frozen=True, tag_field="type"):

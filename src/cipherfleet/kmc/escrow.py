@@ -3,34 +3,37 @@
 A write is acknowledged after it is on disk. Nothing in here can be opened without a CMK, and no CMK is here.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import msgspec
 from sqlalchemy import Connection, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
-from cipherfleet.channel import codec, signing
-from cipherfleet.contract.errors import EscrowRowTampered, ForeignConsumer, LimitReached, Malformed, StateConflict, TooLarge
-from cipherfleet.contract.escrow import (
-    EscrowRow,
-    EscrowView,
-    LogEntry,
-    RowWrite,
-    Seen,
-    StatementEntry,
-    decode_attributes,
-    extend,
-    row_digest,
-)
+from cipherfleet.channel import signing
+from cipherfleet.contract.errors import ForeignConsumer, LimitReached, Malformed, StateConflict, TooLarge
+from cipherfleet.contract.escrow import EscrowRow, LogEntry, RowName, RowWrite, Seen, decode_attributes, extend, row_digest
 from cipherfleet.contract.ids import ApplicationName, ConsumerId
-from cipherfleet.contract.kmc_api import EscrowReceipt, EscrowWrite
-from cipherfleet.contract.statements import ApplicationStatement, CheckpointStatement, Signed
+from cipherfleet.contract.kmc_api import (
+    MAX_ROW_NAMES,
+    MAX_STATEMENT_NAMES,
+    EscrowReceipt,
+    EscrowWrite,
+    LogPage,
+    RowsReply,
+    StatementsReply,
+)
+from cipherfleet.contract.statements import CheckpointStatement, Signed
 from cipherfleet.kmc import audit, store
 from cipherfleet.kmc.center import Center
+from cipherfleet.kmc.escrow_reads import read_log, read_rows, read_rows_after, read_statements
 from cipherfleet.kmc.pace import Pace
-from cipherfleet.kmc.schema import consumers, log, rows, statements
+from cipherfleet.kmc.schema import consumers, log, rows
 
-# A consumer's whole view travels in one answer of at most 16 MiB (base64 included), and these bounds keep it below.
+LOG_PAGE = 5_000
+"""Entries in one answer: some 500 KiB."""
+ROWS_PAGE = 512
+"""Rows in one answer: at most 11 MiB, as each has two parts of ``MAX_ROW_PART_BYTES`` (base64 included)."""
 MAX_WRITES = 64
 MAX_ROW_PART_BYTES = 8 * 1024
 MAX_WRITE_BYTES = 2 * 1024 * 1024
@@ -54,15 +57,32 @@ class Escrow:
         self._sequences: dict[ConsumerId, int] = {}
         self._pace = Pace(CHANGES_PER_SECOND, CHANGES_BURST)
 
-    async def view(self, consumer: ConsumerId) -> EscrowView:
-        """Flow step g: everything of a consumer, as of one moment. Raises ``HsmUnavailable``."""
+    async def log_page(self, consumer: ConsumerId, after: int) -> LogPage:
+        """Flow step g: what came after that entry, as of one moment; at the end of the log the checkpoint. Raises ``HsmUnavailable``."""
 
-        def read(connection: Connection) -> tuple[store.Consumer, tuple[EscrowRow, ...], tuple[StatementEntry, ...], tuple[LogEntry, ...]]:
-            found = store.get_consumer(connection, consumer)
-            return found, _read_rows(connection, consumer), _read_statements(connection, consumer), read_log(connection, consumer, 0)
+        def read(connection: Connection) -> tuple[store.Consumer, tuple[LogEntry, ...]]:
+            return store.get_consumer(connection, consumer), read_log(connection, consumer, after, limit=LOG_PAGE)
 
-        found, all_rows, kept, entries = await self._center.database.read(read)
-        return EscrowView(all_rows, kept, entries, await self.checkpoint(consumer, point_of(found)))
+        found, entries = await self._center.database.read(read)
+        at_end = after + len(entries) >= found.sequence
+        return LogPage(entries, await self.checkpoint(consumer, point_of(found)) if at_end else None)
+
+    async def rows(self, consumer: ConsumerId, names: Sequence[RowName]) -> RowsReply:
+        """Those of the named rows that are there. Raises ``Malformed``."""
+        if len(names) > MAX_ROW_NAMES:
+            raise Malformed(f"at most {MAX_ROW_NAMES} rows are asked for at once")
+        return RowsReply(await self._center.database.read(partial(read_rows, consumer=consumer, names=names)))
+
+    async def rows_page(self, consumer: ConsumerId, after: RowName | None) -> RowsReply:
+        """The rows after that one, by key and version."""
+        found = await self._center.database.read(partial(read_rows_after, consumer=consumer, after=after, limit=ROWS_PAGE))
+        return RowsReply(found, end=len(found) < ROWS_PAGE)
+
+    async def statements(self, consumer: ConsumerId, names: Sequence[ApplicationName]) -> StatementsReply:
+        """Those of these applications that there are. Raises ``Malformed`` or ``EscrowRowTampered``."""
+        if len(names) > MAX_STATEMENT_NAMES:
+            raise Malformed(f"at most {MAX_STATEMENT_NAMES} statements are asked for at once")
+        return StatementsReply(await self._center.database.read(partial(read_statements, consumer=consumer, names=names)))
 
     async def write(self, consumer: ConsumerId, request: EscrowWrite, *, via: str) -> EscrowReceipt:
         """All rows, their log entries and the audit line, or nothing.
@@ -162,35 +182,6 @@ def append_log(
     connection.execute(insert(log), [{"consumer": consumer, **msgspec.structs.asdict(entry)} for entry in entries])
     connection.execute(update(consumers).where(consumers.c.name == consumer).values(sequence=sequence, head=head))
     return tuple(entries)
-
-
-def read_log(connection: Connection, consumer: ConsumerId, after: int) -> tuple[LogEntry, ...]:
-    query = select(log).where(log.c.consumer == consumer, log.c.sequence > after).order_by(log.c.sequence)
-    return tuple(LogEntry(row.sequence, row.subject, row.digest) for row in connection.execute(query))
-
-
-def _read_rows(connection: Connection, consumer: ConsumerId) -> tuple[EscrowRow, ...]:
-    query = select(rows).where(rows.c.consumer == consumer).order_by(rows.c.key, rows.c.version)
-    return tuple(
-        EscrowRow(row.consumer, row.key, row.version, _bytes(row.attributes), _bytes(row.wrapped)) for row in connection.execute(query)
-    )
-
-
-def _read_statements(connection: Connection, consumer: ConsumerId) -> tuple[StatementEntry, ...]:
-    query = select(statements).where(statements.c.consumer == consumer).order_by(statements.c.name)
-    try:
-        return tuple(_statement_entry(row.name, codec.decode(_bytes(row.statement), Signed)) for row in connection.execute(query))
-    except Malformed as exc:
-        raise EscrowRowTampered(f"a statement of {consumer} cannot be read") from exc
-
-
-def _statement_entry(name: str, signed: Signed) -> StatementEntry:
-    return StatementEntry(ApplicationName(name), signed, codec.decode(signed.payload, ApplicationStatement).sequence)
-
-
-def _bytes(kept: bytes | str) -> bytes:
-    """SQLite lets whoever edits a database put a text where bytes belong: the reader's check shall find it, not ours."""
-    return kept.encode() if isinstance(kept, str) else kept
 
 
 def _store_row(connection: Connection, write: RowWrite) -> str:

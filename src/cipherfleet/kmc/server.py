@@ -1,13 +1,15 @@
 """The KMC's routes, as ``contract.kmc_api`` documents them: who may call, for which consumer, and what is audited."""
 
 import logging
+import re
 from functools import partial
 
 from cipherfleet.channel.certificates import Credentials
 from cipherfleet.channel.server import Call, Handler, Server
 from cipherfleet.contract.errors import CipherfleetError, Forbidden, Malformed, Tampered, Unauthorised
+from cipherfleet.contract.escrow import RowName
 from cipherfleet.contract.identities import Role
-from cipherfleet.contract.ids import ApplicationName, ConsumerId, TokenId, VcmId, is_slug
+from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId, TokenId, VcmId, is_slug
 from cipherfleet.contract.kmc_api import (
     ApplicationRequest,
     AuditLog,
@@ -18,6 +20,8 @@ from cipherfleet.contract.kmc_api import (
     EscrowWrite,
     KmcToTerminal,
     KmcToVcm,
+    RowsRequest,
+    StatementsRequest,
     TerminalRefused,
     TerminalToKmc,
     VcmAuthorisation,
@@ -40,6 +44,7 @@ from cipherfleet.kmc.sessions import ConsumerSession
 log = logging.getLogger(__name__)
 
 MAX_SINCE = 2**31
+_KEY = re.compile(r"[0-9a-f]{32}")
 
 
 class KmcServer:
@@ -84,6 +89,9 @@ class KmcServer:
             ("POST", "/v1/certificate", vcm, self._renew_vcm),
             ("GET", "/v1/escrow", vcm, self._read_escrow),
             ("POST", "/v1/escrow", vcm, self._write_escrow),
+            ("POST", "/v1/escrow/rows", vcm, self._read_rows),
+            ("GET", "/v1/escrow/rows", vcm, self._read_all_rows),
+            ("POST", "/v1/escrow/statements", vcm, self._read_statements),
             ("GET", "/v1/vcm", vcm, self._vcm),
             ("GET", "/v1/terminal", terminal, self._terminal),
             ("POST", "/v1/applications", terminal, self._sign_application),
@@ -188,8 +196,23 @@ class KmcServer:
 
     async def _read_escrow(self, call: Call) -> object:
         await self.service.require_released(call.peer)
+        after = _number(call, "after")
         async with self._bulk.turn(call.peer.identity.consumer, call.peer.identity.id):
-            return await self.escrow.view(call.peer.identity.consumer)
+            return await self.escrow.log_page(call.peer.identity.consumer, after)
+
+    async def _read_rows(self, call: Call) -> object:
+        await self.service.require_released(call.peer)
+        return await self.escrow.rows(call.peer.identity.consumer, (await call.body(RowsRequest)).rows)
+
+    async def _read_all_rows(self, call: Call) -> object:
+        await self.service.require_released(call.peer)
+        after = _row_name(call.query("after"))
+        async with self._bulk.turn(call.peer.identity.consumer, call.peer.identity.id):
+            return await self.escrow.rows_page(call.peer.identity.consumer, after)
+
+    async def _read_statements(self, call: Call) -> object:
+        await self.service.require_released(call.peer)
+        return await self.escrow.statements(call.peer.identity.consumer, (await call.body(StatementsRequest)).names)
 
     async def _write_escrow(self, call: Call) -> object:
         request = await call.body(EscrowWrite, limit=MAX_WRITE_BYTES)
@@ -222,14 +245,12 @@ class KmcServer:
         return await self.applications.sign(await call.body(ApplicationRequest), call.peer)
 
     async def _terminal(self, call: Call) -> object:
-        since = call.query("since", "0")
-        if not since.isascii() or not since.isdigit() or len(since) > 10 or int(since) > MAX_SINCE:
-            raise Malformed("since is the number of the newest change that the Ukey has seen")
+        since = _number(call, "since")
         frames = await call.frames(TerminalToKmc)
         channel: Channel[KmcToTerminal] = Channel(frames)
         session: ConsumerSession | None = None
         try:
-            session = await self.service.terminal_joined(call.peer, channel, int(since))
+            session = await self.service.terminal_joined(call.peer, channel, since)
             async for frame in frames:
                 await self.service.terminal_said(session, channel, frame)
         except CipherfleetError as exc:
@@ -246,6 +267,24 @@ class KmcServer:
         peer = call.peer.identity
         log.warning("%s of %s was refused: %s", event, peer.uri, exc.code)
         await self.center.audit_refusal(peer.consumer, peer.uri, event, peer.id, exc.code)
+
+
+def _number(call: Call, name: str) -> int:
+    """A sequence number in the query, 0 by default. Raises ``Malformed``."""
+    text = call.query(name, "0")
+    if not text.isascii() or not text.isdigit() or len(text) > 10 or int(text) > MAX_SINCE:
+        raise Malformed(f"{name} is the number of a change of the escrow")
+    return int(text)
+
+
+def _row_name(text: str) -> RowName | None:
+    """``KEY/VERSION``, or none. Raises ``Malformed``."""
+    if not text:
+        return None
+    key, _, version = text.partition("/")
+    if _KEY.fullmatch(key) is None or not version.isascii() or not version.isdigit() or len(version) > 10:
+        raise Malformed("a row is named by key and version")
+    return RowName(KeyId(key), int(version))
 
 
 def _consumer_asked(call: Call) -> str | None:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from cipherfleet.contract.errors import CipherfleetError, EscrowRolledBack, EscrowRowForeign, EscrowRowTampered, Malformed
 from cipherfleet.contract.escrow import (
     EscrowRow,
-    EscrowView,
     KeyAttributes,
     KeyState,
     LogEntry,
@@ -18,7 +17,6 @@ from cipherfleet.contract.escrow import (
     StatementEntry,
     VersionAttributes,
     associated_data,
-    check_view,
     decode_attributes,
     genesis,
     replay,
@@ -27,9 +25,9 @@ from cipherfleet.contract.escrow import (
 )
 from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId
 from cipherfleet.contract.statements import Signature, Signed
+from tests.escrow import check_whole
 
 ACME, GLOBEX = ConsumerId("acme"), ConsumerId("globex")
-EMPTY = Signed("none", b"")
 
 
 def row(key: int, version: int, content: bytes = b"w", consumer: ConsumerId = ACME) -> EscrowRow:
@@ -62,11 +60,8 @@ class Database:
     def point(self) -> Seen:
         return replay(Seen(0, 0, genesis(ACME, 0)), tuple(self.log))
 
-    def view(self) -> EscrowView:
-        return EscrowView(tuple(self.rows.values()), tuple(self.statements.values()), tuple(self.log), EMPTY)
-
     def check(self, seen: Seen | None = None, checkpoint: Seen | None = None) -> None:
-        check_view(ACME, self.view(), checkpoint or self.point(), seen)
+        check_whole(ACME, self.log, self.rows.values(), self.statements.values(), checkpoint or self.point(), seen)
 
 
 @pytest.fixture

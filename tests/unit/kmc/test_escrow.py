@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+from dataclasses import dataclass
 
 import pytest
 from msgspec import structs
@@ -20,12 +21,25 @@ from cipherfleet.contract.errors import (
     StateConflict,
     TooLarge,
 )
-from cipherfleet.contract.escrow import EscrowRow, EscrowView, RowWrite, Seen, check_view, row_digest
-from cipherfleet.contract.ids import ConsumerId, MachineId, new_key_id
-from cipherfleet.contract.kmc_api import CardReady, CmkReleased, DownloadSignal, EscrowReceipt, EscrowWrite
-from cipherfleet.contract.statements import CheckpointStatement
+from cipherfleet.contract.escrow import APPLICATION, EscrowRow, LogEntry, RowName, RowWrite, Seen, StatementEntry, row_digest
+from cipherfleet.contract.ids import ApplicationName, ConsumerId, MachineId, new_key_id
+from cipherfleet.contract.kmc_api import (
+    MAX_ROW_NAMES,
+    CardReady,
+    CmkReleased,
+    DownloadSignal,
+    EscrowReceipt,
+    EscrowWrite,
+    LogPage,
+    RowsReply,
+    RowsRequest,
+    StatementsReply,
+    StatementsRequest,
+)
+from cipherfleet.contract.statements import CheckpointStatement, Signed
 from cipherfleet.kmc import applications, escrow
 from cipherfleet.kmc.pace import Pace
+from tests.escrow import check_whole
 from tests.unit.kmc.world import SEALED, TestConsumer, TestVcm, World, key_row, start_vcm
 
 
@@ -39,15 +53,43 @@ async def vcm(world: World, alice: TestConsumer) -> TestVcm:
     return await start_vcm(world, alice, await alice.plug_in())
 
 
-async def view_of(vcm: TestVcm) -> EscrowView:
-    return await vcm.caller.call("GET", "/v1/escrow", reply=EscrowView)
+@dataclass(frozen=True)
+class View:
+    """All of a consumer's escrow, collected page by page."""
+
+    rows: tuple[EscrowRow, ...]
+    statements: tuple[StatementEntry, ...]
+    log: tuple[LogEntry, ...]
+    checkpoint: Signed
 
 
-def checked(view: EscrowView, consumer: TestConsumer, seen: Seen | None = None) -> Seen:
+async def view_of(vcm: TestVcm) -> View:
+    log: list[LogEntry] = []
+    while True:
+        page = await vcm.caller.call("GET", f"/v1/escrow?after={len(log)}", reply=LogPage)
+        log += page.log
+        if page.checkpoint is not None:
+            break
+        if not page.log:
+            raise EscrowRolledBack("the log ends without a checkpoint")
+    rows: list[EscrowRow] = []
+    while True:
+        after = f"?after={rows[-1].key}/{rows[-1].version}" if rows else ""
+        found = await vcm.caller.call("GET", f"/v1/escrow/rows{after}", reply=RowsReply)
+        rows += found.rows
+        if found.end:
+            break
+    names = {entry.subject.removeprefix(APPLICATION).rpartition("@")[0] for entry in log if entry.subject.startswith(APPLICATION)}
+    asked = StatementsRequest(tuple(ApplicationName(name) for name in sorted(names)))
+    kept = await vcm.caller.call("POST", "/v1/escrow/statements", asked, reply=StatementsReply)
+    return View(tuple(rows), kept.statements, tuple(log), page.checkpoint)
+
+
+def checked(view: View, consumer: TestConsumer, seen: Seen | None = None) -> Seen:
     """As a VCM does it."""
     statement = signing.verify(view.checkpoint, CheckpointStatement, [consumer.reply.kmc_signing_key])
     point = Seen(statement.epoch, statement.sequence, statement.head)
-    check_view(consumer.name, view, point, seen)
+    check_whole(consumer.name, view.log, view.rows, view.statements, point, seen)
     return point
 
 
@@ -62,6 +104,8 @@ async def test_rows_and_statements_in_one_view(world: World, alice: TestConsumer
     await alice.application()
     view = await view_of(vcm)
     assert view.rows == (attributes, material)
+    asked = RowsRequest((RowName(key, 1), RowName(new_key_id(), 0)))
+    assert (await vcm.caller.call("POST", "/v1/escrow/rows", asked, reply=RowsReply)).rows == (material,)
     assert [kept.name for kept in view.statements] == ["shop"]
     point = checked(view, alice)
     assert point.sequence == 3
@@ -184,13 +228,44 @@ async def test_changes_have_a_pace(world: World, vcm: TestVcm) -> None:
     await vcm.write(RowWrite(key_row("alice")))  # new rows are bounded otherwise
 
 
-async def test_the_fullest_view_fits_the_channel() -> None:
+async def test_the_fullest_pages_fit_the_channel() -> None:
     """The bounds are such that a consumer that uses all of them can still be served."""
     base64 = 4 / 3
-    row_overhead, entry, statement_overhead = 160, 116, 420
-    rows = escrow.MAX_ROW_BYTES * base64 + escrow.MAX_ROWS * row_overhead
-    statements = applications.MAX_APPLICATIONS * (applications.MAX_STATEMENT_BYTES * base64 + statement_overhead)
-    assert rows + statements + escrow.MAX_LOG * entry < MAX_BODY_BYTES
+    row = 2 * escrow.MAX_ROW_PART_BYTES * base64 + 160
+    assert max(escrow.ROWS_PAGE, MAX_ROW_NAMES) * row < MAX_BODY_BYTES
+    assert escrow.LOG_PAGE * 116 < MAX_BODY_BYTES
+    assert applications.MAX_APPLICATIONS * (applications.MAX_STATEMENT_BYTES * base64 + 420) < MAX_BODY_BYTES
+
+
+async def test_pages(alice: TestConsumer, vcm: TestVcm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(escrow, "LOG_PAGE", 3)
+    monkeypatch.setattr(escrow, "ROWS_PAGE", 2)
+    for _ in range(4):
+        key = new_key_id()
+        await vcm.write(RowWrite(key_row("alice", key, 1)), RowWrite(key_row("alice", key, 0)))
+    first = await vcm.caller.call("GET", "/v1/escrow", reply=LogPage)
+    assert ([entry.sequence for entry in first.log], first.checkpoint) == ([1, 2, 3], None)
+    view = await view_of(vcm)
+    assert (len(view.rows), checked(view, alice).sequence) == (8, 8)
+
+
+@pytest.mark.parametrize("after", ["x", "-1", "1" * 11, "9" * 10])
+async def test_a_page_after_nothing_possible(vcm: TestVcm, after: str) -> None:
+    with pytest.raises(Malformed):
+        await vcm.caller.call("GET", f"/v1/escrow?after={after}", reply=LogPage)
+
+
+@pytest.mark.parametrize("after", ["x", "a" * 32, "a" * 32 + "/", "a" * 32 + "/-1", "A" * 32 + "/1", "a" * 32 + "/" + "1" * 11])
+async def test_rows_after_nothing_possible(vcm: TestVcm, after: str) -> None:
+    with pytest.raises(Malformed):
+        await vcm.caller.call("GET", f"/v1/escrow/rows?after={after}", reply=RowsReply)
+
+
+async def test_too_many_are_asked_for(vcm: TestVcm) -> None:
+    with pytest.raises(Malformed):
+        await vcm.caller.call("POST", "/v1/escrow/rows", RowsRequest((RowName(new_key_id(), 0),) * (MAX_ROW_NAMES + 1)), reply=RowsReply)
+    with pytest.raises(Malformed):
+        await vcm.caller.call("POST", "/v1/escrow/statements", StatementsRequest((ApplicationName("a"),) * 513), reply=StatementsReply)
 
 
 async def test_only_a_vcm_with_its_cmk_gets_rows(world: World, alice: TestConsumer) -> None:

@@ -26,9 +26,9 @@ from cipherfleet.contract.errors import (
     PortTaken,
     StateNewer,
 )
-from cipherfleet.contract.escrow import EscrowView, RowWrite
+from cipherfleet.contract.escrow import RowWrite
 from cipherfleet.contract.identities import Identity, Role
-from cipherfleet.contract.kmc_api import ConsumerList
+from cipherfleet.contract.kmc_api import ConsumerList, LogPage, RowsReply
 from cipherfleet.contract.messages import CertificateRequest, Chain
 from cipherfleet.contract.settings import Settings
 from cipherfleet.kmc import process
@@ -137,9 +137,8 @@ async def test_killed_processes_come_back_with_all_that_was_acknowledged(process
         found = await operator.call("GET", "/v1/consumers", reply=ConsumerList)
         assert {(c.name, c.state, c.keys) for c in found.consumers} == {("alice", "enrolled", 0), ("bob", "pending", 0)}
         caller = world.call_as(Credentials(key_to_pem(vcm.key), vcm.chain.chain, alice.reply.root))
-        view = await caller.call("GET", "/v1/escrow", reply=EscrowView)
-        assert view.rows == (row,)
-        assert view.log == receipt.log
+        assert (await caller.call("GET", "/v1/escrow", reply=LogPage)).log == receipt.log
+        assert (await caller.call("GET", "/v1/escrow/rows", reply=RowsReply)).rows == (row,)
     secrets = (PASSPHRASE.encode(), b"BEGIN PRIVATE KEY", alice.reply.ciphertext_cmk, vcm.token.token)
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and any(secret in p.read_bytes() for secret in secrets)]
 

@@ -29,7 +29,6 @@ from cipherfleet.contract.errors import (
     UkeyAbsent,
     VcmUnknown,
 )
-from cipherfleet.contract.escrow import EscrowView
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import MachineId, TokenId, new_vcm_id
 from cipherfleet.contract.kmc_api import (
@@ -41,6 +40,7 @@ from cipherfleet.contract.kmc_api import (
     IdentityReply,
     LeaseRequested,
     LeaseWanted,
+    LogPage,
     Revoked,
     TerminalRefused,
     UkeyRemoved,
@@ -67,16 +67,16 @@ async def serving(world: World) -> tuple[TestConsumer, Conversation, TestVcm]:
 async def assert_off(world: World, vcm: TestVcm) -> None:
     """Nothing of the VCM is left: certificate, connection, token, authorisation."""
     with pytest.raises((CertificateRevoked, KmcUnavailable)):
-        await vcm.caller.call("GET", "/v1/escrow", reply=EscrowView)
+        await vcm.caller.call("GET", "/v1/escrow", reply=LogPage)
     with pytest.raises(CertificateRevoked):
-        await vcm.call_with(vcm.chain).call("GET", "/v1/escrow", reply=EscrowView)
+        await vcm.call_with(vcm.chain).call("GET", "/v1/escrow", reply=LogPage)
     with pytest.raises(VcmUnknown):
         await (await world.management()).call("GET", f"/v1/vcms/{vcm.id}", reply=VcmKmcState)
     with pytest.raises(TokenStale):
         await vcm.certify(await world.machine())
     await world.restart()
     with pytest.raises(CertificateRevoked):
-        await vcm.call_with(vcm.chain).call("GET", "/v1/escrow", reply=EscrowView)
+        await vcm.call_with(vcm.chain).call("GET", "/v1/escrow", reply=LogPage)
 
 
 async def test_the_ukey_goes(world: World) -> None:
@@ -249,7 +249,7 @@ async def test_off_even_when_the_disk_is_full(world: World, monkeypatch: pytest.
             await management.call("POST", "/v1/consumers/alice/revoke")
     assert await vcm.channel.closed() == [Revoked("service-off")]
     with pytest.raises(CertificateRevoked):
-        await vcm.call_with(vcm.chain).call("GET", "/v1/escrow", reply=EscrowView)
+        await vcm.call_with(vcm.chain).call("GET", "/v1/escrow", reply=LogPage)
 
 
 async def test_what_the_disk_refused_is_tried_until_it_is_there(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,7 +378,7 @@ async def test_a_certificate_that_has_expired(world: World) -> None:
     _, _, vcm = await serving(world)
     world.clock.ahead = FAST.vcm_certificate_s + 1
     with pytest.raises(CertificateExpired):
-        await vcm.caller.call("GET", "/v1/escrow", reply=EscrowView)
+        await vcm.caller.call("GET", "/v1/escrow", reply=LogPage)
 
 
 async def test_an_expired_vcm_certificate_fails_in_the_handshake(tmp_path: Path) -> None:
@@ -404,12 +404,12 @@ async def test_a_renewed_certificate(world: World) -> None:
     chain = await vcm.caller.call("POST", "/v1/certificate", request, reply=Chain)
     await vcm.heartbeat(terminal)
     newer = vcm.call_with(chain)
-    await newer.call("GET", "/v1/escrow", reply=EscrowView)
-    await vcm.caller.call("GET", "/v1/escrow", reply=EscrowView)  # the older one has its time
+    await newer.call("GET", "/v1/escrow", reply=LogPage)
+    await vcm.caller.call("GET", "/v1/escrow", reply=LogPage)  # the older one has its time
     await world.kmc.service.revoke.vcm(vcm.id, "test", actor="test")
     for caller in (newer, vcm.caller):
         with pytest.raises((CertificateRevoked, KmcUnavailable)):
-            await caller.call("GET", "/v1/escrow", reply=EscrowView)
+            await caller.call("GET", "/v1/escrow", reply=LogPage)
 
 
 async def test_certificates_of_a_vcm_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +433,7 @@ async def test_expired_certificates_are_forgotten(world: World) -> None:
     await world.center.forget_expired(now + FAST.vcm_certificate_s + 3601)
     assert world.center.registry.serials(Role.VCM, alice.name) == ()
     with pytest.raises(CertificateInvalid):
-        await vcm.caller.call("GET", "/v1/escrow", reply=EscrowView)
+        await vcm.caller.call("GET", "/v1/escrow", reply=LogPage)
     assert await kept() == before  # in the table for a while longer
     await world.center.forget_expired(now + 31 * 86400)
     assert await kept() == before - 1
@@ -445,7 +445,7 @@ async def test_a_certificate_that_the_table_does_not_know(world: World) -> None:
     key = subject_key(make_request(vcm.key, Identity(Role.VCM, vcm.id, alice.name)), Role.VCM)
     unrecorded = await world.center.certification.issue(Identity(Role.VCM, vcm.id, alice.name), key, not_after=time.time() + 60)
     with pytest.raises(CertificateInvalid):
-        await vcm.call_with(world.center.certification.chain(unrecorded)).call("GET", "/v1/escrow", reply=EscrowView)
+        await vcm.call_with(world.center.certification.chain(unrecorded)).call("GET", "/v1/escrow", reply=LogPage)
 
 
 async def test_no_signal_after_the_last_word(world: World) -> None:

@@ -27,7 +27,7 @@ from cipherfleet.channel.certificates import (
 from cipherfleet.channel.frames import Frames
 from cipherfleet.channel.server import Call, Server
 from cipherfleet.contract.errors import ServiceOff, StateConflict, TokenStale
-from cipherfleet.contract.escrow import EscrowRow, EscrowView, LogEntry, Seen, StatementEntry, extend, genesis, row_digest, statement_digest
+from cipherfleet.contract.escrow import EscrowRow, LogEntry, Seen, StatementEntry, extend, genesis, row_digest, statement_digest
 from cipherfleet.contract.identities import Identity, Peer, Role
 from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, Serial, VcmId
 from cipherfleet.contract.kmc_api import (
@@ -45,8 +45,13 @@ from cipherfleet.contract.kmc_api import (
     EscrowWrite,
     LeaseGranted,
     LeaseWanted,
+    LogPage,
     Revoked,
+    RowsReply,
+    RowsRequest,
     Serving,
+    StatementsReply,
+    StatementsRequest,
     VcmCertificateRequest,
     VcmToKmc,
 )
@@ -89,21 +94,37 @@ class FakeConsumer:
         self.statements: dict[ApplicationName, StatementEntry] = {}
         self.log: list[LogEntry] = []
         self.calls: list[str] = []
+        self.page = 100
+        """Entries or rows in one answer."""
+        self.unasked: set[tuple[KeyId, int]] = set()
+        """Rows that come whether they are asked for or not."""
         self.sequence = 0
         self.remembered: Seen | None = None
 
     # -- the escrow, as the port that ``Escrow`` calls ----------------------------------------------------------------
 
     async def call(self, method: str, path: str, body: object | None = None, *, reply: type[T]) -> T:
+        path, _, query = path.partition("?")
         self.calls.append(f"{method} {path}")
+        asked = query.partition("=")[2]
         answer: object
-        if (method, path) == ("GET", "/v1/escrow"):
-            answer = self.view()
-        elif (method, path) == ("POST", "/v1/escrow"):
-            assert isinstance(body, EscrowWrite)
-            answer = self.write(body)
-        else:
-            answer = AuditLog((AuditEntry(1, 0.0, self.name, "vcm", "key-create", "x", "done", "00"),))
+        match method, path:
+            case "GET", "/v1/escrow":
+                answer = self.log_page(int(asked or 0))
+            case "POST", "/v1/escrow":
+                assert isinstance(body, EscrowWrite)
+                answer = self.write(body)
+            case "POST", "/v1/escrow/rows":
+                assert isinstance(body, RowsRequest)
+                named = {(name.key, name.version) for name in body.rows} | self.unasked
+                answer = RowsReply(tuple(row for name, row in self.rows.items() if name in named))
+            case "GET", "/v1/escrow/rows":
+                answer = self.rows_page(asked)
+            case "POST", "/v1/escrow/statements":
+                assert isinstance(body, StatementsRequest)
+                answer = StatementsReply(tuple(entry for entry in self.statements.values() if entry.name in body.names))
+            case _:
+                answer = AuditLog((AuditEntry(1, 0.0, self.name, "vcm", "key-create", "x", "done", "00"),))
         return codec.decode(codec.encode(answer), reply)
 
     def head(self, count: int | None = None) -> bytes:
@@ -112,10 +133,15 @@ class FakeConsumer:
             head = extend(head, entry)
         return head
 
-    def view(self) -> EscrowView:
+    def log_page(self, after: int) -> LogPage:
+        entries = tuple(self.log[after : after + self.page])
         checkpoint = signed(CheckpointStatement(self.name, EPOCH, len(self.log), self.head()), self.kmc_key)
-        kept = tuple(self.statements.values())
-        return EscrowView(tuple(self.rows.values()), kept, tuple(self.log), checkpoint)
+        return LogPage(entries, checkpoint if after + len(entries) >= len(self.log) else None)
+
+    def rows_page(self, after: str) -> RowsReply:
+        key, _, version = after.partition("/")
+        following = sorted(name for name in self.rows if name > (key, int(version or -1)))
+        return RowsReply(tuple(self.rows[name] for name in following[: self.page]), end=len(following) <= self.page)
 
     def write(self, request: EscrowWrite) -> EscrowReceipt:
         for write in request.writes:
@@ -236,6 +262,9 @@ class FakeKmc:
         self.server.route("POST", "/v1/certificate", {Role.VCM}, self._renew)
         self.server.route("GET", "/v1/escrow", {Role.VCM}, self._escrow)
         self.server.route("POST", "/v1/escrow", {Role.VCM}, self._escrow)
+        self.server.route("POST", "/v1/escrow/rows", {Role.VCM}, self._escrow)
+        self.server.route("GET", "/v1/escrow/rows", {Role.VCM}, self._escrow)
+        self.server.route("POST", "/v1/escrow/statements", {Role.VCM}, self._escrow)
         self.server.route("GET", "/v1/audit", {Role.VCM}, self._escrow)
         self.server.route("GET", "/v1/vcm", {Role.VCM}, self._vcm)
 
@@ -326,11 +355,24 @@ class FakeKmc:
         if VcmId(call.peer.identity.id) not in self.channels:
             raise ServiceOff("this VCM has no channel")
         request = call.request
-        body = await call.body(EscrowWrite) if request.method == "POST" else None
-        kind: Any = {"/v1/escrow": EscrowReceipt if body else EscrowView, "/v1/audit": AuditLog}[request.path]
-        answer = await consumer.call(request.method, request.path, body, reply=kind)
-        await self._saw(f"{request.method} {request.path}")
-        if body is not None:
+        route = f"{request.method} {request.path}"
+        asks: dict[str, Any] = {
+            "POST /v1/escrow": EscrowWrite,
+            "POST /v1/escrow/rows": RowsRequest,
+            "POST /v1/escrow/statements": StatementsRequest,
+        }
+        reply: Any = {
+            "GET /v1/escrow": LogPage,
+            "POST /v1/escrow": EscrowReceipt,
+            "POST /v1/escrow/rows": RowsReply,
+            "GET /v1/escrow/rows": RowsReply,
+            "POST /v1/escrow/statements": StatementsReply,
+            "GET /v1/audit": AuditLog,
+        }[route]
+        body = await call.body(asks[route]) if route in asks else None
+        answer = await consumer.call(request.method, str(request.rel_url), body, reply=reply)
+        await self._saw(route)
+        if isinstance(body, EscrowWrite):
             await self.tell_change(consumer, but=VcmId(call.peer.identity.id))
         return answer
 

@@ -30,9 +30,9 @@ from cipherfleet.contract.errors import (
     StateConflict,
     WrongKeyType,
 )
-from cipherfleet.contract.escrow import EscrowView, KeyAttributes, KeyState, Seen, decode_attributes, row_digest
+from cipherfleet.contract.escrow import KeyAttributes, KeyState, Seen, decode_attributes, genesis, row_digest
 from cipherfleet.contract.ids import KeyId, VcmId, new_key_id, new_vcm_id
-from cipherfleet.contract.kmc_api import EscrowReceipt
+from cipherfleet.contract.kmc_api import EscrowReceipt, LogPage, RowsReply
 from cipherfleet.contract.statements import CheckpointStatement
 from cipherfleet.contract.vcc import CardDescription, KeyMaterial, Operation, StreamRequest, Verb
 from cipherfleet.contract.vcm import KeyStore
@@ -306,35 +306,158 @@ def make_foreign(consumer: FakeConsumer, key: KeyId) -> None:
 
 def invent_row(consumer: FakeConsumer, key: KeyId) -> None:
     consumer.rows[key, 9] = msgspec.structs.replace(consumer.rows[key, 1], version=9)
+    consumer.unasked.add((key, 9))
 
 
 Lie = Callable[[FakeConsumer, KeyId], None]
+LIES = [
+    (drop_row, EscrowRolledBack),
+    (swap_material, EscrowRowTampered),
+    (rewrite_history, EscrowRolledBack),
+    (make_foreign, EscrowRowForeign),
+    (invent_row, EscrowRowForeign),
+]
 
 
-@pytest.mark.parametrize(
-    ("lie", "error"),
-    [
-        (drop_row, EscrowRolledBack),
-        (swap_material, EscrowRowTampered),
-        (rewrite_history, EscrowRolledBack),
-        (make_foreign, EscrowRowForeign),
-        (invent_row, EscrowRowForeign),
-    ],
-)
-async def test_a_view_that_lies_is_refused_until_a_good_one_comes(world: World, lie: Lie, error: type[CipherfleetError]) -> None:
+@pytest.mark.parametrize(("lie", "error"), LIES)
+async def test_an_escrow_that_lies_is_found_before_anything_is_served(world: World, lie: Lie, error: type[CipherfleetError]) -> None:
+    store = await world.store()
+    for _ in range(2):
+        victim = await store.keys.create("AES-256-GCM", label="", actor="a")
+    before = Seen(EPOCH, len(store.consumer.log), store.consumer.head())
+    lie(store.consumer, victim.id)
+    escrow = Escrow(store.consumer.name, store.consumer, world.kmc.signing_key)
+    with pytest.raises(error):
+        await escrow.load(before)
+
+
+@pytest.mark.parametrize(("lie", "error"), LIES)
+async def test_rows_that_lie_are_refused_until_good_ones_come(world: World, lie: Lie, error: type[CipherfleetError]) -> None:
     store = await world.store()
     first = await store.keys.create("AES-256-GCM", label="", actor="a")
     victim = await store.keys.create("AES-256-GCM", label="", actor="a")
     log, rows = list(store.consumer.log), dict(store.consumer.rows)
+    store.escrow._cache.clear()
+    store.keys._handles.clear()
     lie(store.consumer, victim.id)
     with pytest.raises(error):
-        await store.keys.refresh()
+        await store.keys.refresh()  # of a history that was rewritten this is all
+        await store.keys.use(victim.id)
     with pytest.raises(error):
         await store.keys.use(first.id)  # fail closed: nothing is served from an escrow that lies
     with pytest.raises(error):
         await store.keys.create("AES-256-GCM", label="", actor="a")
     store.consumer.log, store.consumer.rows = log, rows
+    store.consumer.unasked.clear()
     assert (await store.keys.use(first.id)).version == 1
+    assert (await store.keys.use(victim.id)).version == 1
+
+
+@pytest.mark.parametrize(("lie", "error"), LIES)
+async def test_a_row_that_lies_far_back_is_found_beside_the_service(world: World, lie: Lie, error: type[CipherfleetError]) -> None:
+    """Of a large escrow the first rows alone are looked at before the VCM serves; the others follow."""
+    store = await world.store()
+    made = [await store.keys.create("AES-256-GCM", label="", actor="a") for _ in range(3)]
+    store.consumer.page = 2
+    before = Seen(EPOCH, len(store.consumer.log), store.consumer.head())
+    victim = max(key.id for key in made)
+    lie(store.consumer, victim)
+    escrow = Escrow(store.consumer.name, store.consumer, world.kmc.signing_key)
+
+    async def begin() -> None:
+        await escrow.load(before)
+        await Keys(escrow, store.card).sweep()
+
+    with pytest.raises(error):
+        await begin()
+    assert not escrow.swept
+    with pytest.raises(error):
+        await escrow.require() if lie in (swap_material, make_foreign, rewrite_history) else await escrow.sweep_page()
+
+
+async def test_all_rows_are_looked_at_once(world: World) -> None:
+    store = await world.store()
+    made = [await store.keys.create("AES-256-GCM", label=str(n), actor="a") for n in range(4)]
+    store.consumer.page = 3
+    other = await world.store()
+    swept, calls = [other.escrow.swept], store.consumer.calls
+    await other.keys.sweep()
+    swept.append(other.escrow.swept)
+    assert swept == [False, True]
+    assert calls.count("GET /v1/escrow/rows") == 1 + 3  # the first VCM's, of nothing; eight rows are three pages
+    calls.clear()
+    assert [key.id for key in await other.keys.list_keys()] == [key.id for key in made]
+    assert calls == []
+
+
+async def test_rows_that_change_while_they_are_looked_at_are_no_lies(world: World) -> None:
+    store = await world.store()
+    made = [await store.keys.create("AES-256-GCM", label="", actor="a") for _ in range(3)]
+    store.consumer.page = 2
+    other = await world.store()
+    for key in made:
+        await store.keys.set_state(key.id, KeyState.DISABLED, actor="a")
+        await store.keys.set_state(key.id, KeyState.ENABLED, actor="a")
+        await store.keys.rotate(key.id, actor="a")
+    await store.keys.create("AES-256-GCM", label="", actor="a")
+    await other.keys.sweep()
+    assert [(await other.keys.describe(key.id)).version for key in made] == [2, 2, 2]
+
+
+async def test_rows_come_back_in_order_or_not_at_all(world: World) -> None:
+    store = await world.store()
+    for _ in range(3):
+        await store.keys.create("AES-256-GCM", label="", actor="a")
+
+    def backwards(reply: object) -> object:
+        return RowsReply(reply.rows[::-1], reply.end) if isinstance(reply, RowsReply) else reply
+
+    def again(reply: object) -> object:
+        return RowsReply(reply.rows[:1]) if isinstance(reply, RowsReply) else reply
+
+    seen = Seen(EPOCH, 0, genesis(store.consumer.name, EPOCH))
+    with pytest.raises(EscrowRowTampered):
+        await Escrow(world.consumer.name, Liar(world.consumer, backwards), world.kmc.signing_key).load(seen)
+    escrow = Escrow(world.consumer.name, Liar(world.consumer, again), world.kmc.signing_key)
+    await escrow.load(seen)
+    store.consumer.page = 1
+    store.consumer.rows = dict(sorted(store.consumer.rows.items())[:1])
+    with pytest.raises(EscrowRolledBack):  # the end comes too early
+        await escrow.sweep_page()
+
+
+async def test_a_refresh_asks_for_what_is_new_alone(world: World, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = await world.store()
+    for _ in range(3):
+        await other.keys.create("AES-256-GCM", label="", actor="a")
+    sent: list[int] = []
+    page = store.consumer.log_page
+
+    def noted(after: int) -> LogPage:
+        answer = page(after)
+        sent.append(len(answer.log))
+        return answer
+
+    monkeypatch.setattr(store.consumer, "log_page", noted)
+    await store.keys.refresh()
+    await store.keys.refresh()
+    assert sent == [6, 0]
+    store.consumer.page = 2
+    for _ in range(3):
+        await other.keys.create("AES-256-GCM", label="", actor="a")
+    sent.clear()
+    await store.keys.refresh()
+    assert sent == [2, 2, 2]
+    assert store.escrow.seen == Seen(EPOCH, 12, store.consumer.head())
+
+
+async def test_a_log_without_an_end_is_none(world: World) -> None:
+    def endless(page: object) -> object:
+        return LogPage(page.log) if isinstance(page, LogPage) else page
+
+    escrow = Escrow(world.consumer.name, Liar(world.consumer, endless), world.kmc.signing_key)
+    with pytest.raises(EscrowRolledBack):
+        await escrow.load(Seen(EPOCH, 0, world.consumer.head()))
 
 
 async def test_a_row_that_fits_the_log_but_not_the_card_is_refused(store: Store) -> None:
@@ -422,9 +545,11 @@ async def test_attributes_of_an_older_revision_are_refused(store: Store, monkeyp
 
 async def test_a_key_without_attributes_is_refused(store: Store) -> None:
     made = await store.keys.create("AES-256-GCM", label="", actor="a")
-    del store.escrow.rows[made.id][0]
+    material = msgspec.structs.replace(store.consumer.rows[made.id, 1], key=new_key_id())
+    store.consumer.rows[material.key, 1] = material
+    store.consumer.append(material.subject, row_digest(material))
     with pytest.raises(EscrowRowTampered):
-        await store.keys.use(made.id)
+        await store.keys.use(material.key)
 
 
 class Liar:
@@ -441,7 +566,7 @@ class Liar:
 
 def _other_checkpoint(consumer: str, *, key: bool = True) -> Callable[[object], object]:
     def change(view: object) -> object:
-        assert isinstance(view, EscrowView)
+        assert isinstance(view, LogPage)
         signer = new_key() if key else KMC[0].key
         statement = CheckpointStatement(consumer, EPOCH, 0, b"h" * 32)  # type: ignore[arg-type]
         return msgspec.structs.replace(view, checkpoint=signed(statement, signer))
