@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from cipherfleet.channel import codec
+from cipherfleet.computing import engine_sm2
 from cipherfleet.computing.card import Card
 from cipherfleet.computing.card_confinement import Protection, confine
 from cipherfleet.computing.card_control import (
@@ -27,7 +28,7 @@ from cipherfleet.computing.card_control import (
 )
 from cipherfleet.computing.card_engine import helpers
 from cipherfleet.computing.card_server import CardServer
-from cipherfleet.contract.errors import CardUnavailable, CipherfleetError, Internal
+from cipherfleet.contract.errors import CardUnavailable, CipherfleetError, Internal, Unsupported
 from cipherfleet.contract.machine_api import CardReport
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class Confined(NamedTuple):
 
 def confined(configuration: CardConfig) -> Confined:
     """First of all, before there is a loop: a loop's io_uring would be a way around seccomp."""
+    with suppress(Unsupported):  # a system without SM2 has every other algorithm; who asks for SM2 is told
+        engine_sm2.load()
     return Confined(configuration, confine())
 
 

@@ -132,7 +132,7 @@ def check(chosen: Algorithm, material: bytes) -> bytearray:
 def _load(chosen: Algorithm, material: Data, *, checked: bool) -> PrivateKey:
     """Raises ``ValueError`` and the like."""
     if chosen.family == SM2:
-        return engine_sm2.PrivateKey(bytes(material))
+        return engine_sm2.PrivateKey(material)
     if chosen.family == HYBRID:
         return Hybrid.load(material)
     key = serialization.load_der_private_key(material, None, unsafe_skip_rsa_key_validation=checked)
