@@ -170,3 +170,18 @@ def test_what_is_not_allowed_is_refused_by_name(desk: Desk) -> None:
     for code, arguments in cases:
         refused = desk.run(*arguments)
         assert (refused.status, refused.document["error"]["code"]) == (1, code), arguments
+
+
+def test_sm2_and_openssl(desk: Desk) -> None:
+    data, short = desk.write("data", DATA), desk.write("short", DATA[:48])
+    signer, receiver = desk.key("SM2"), desk.key("SM2-ENCRYPT")
+    signature = desk.write("signature", desk.done("sign", "--key", signer, "--in", data))
+    rawin = ("-rawin", "-digest", "sm3", "-pkeyopt", "distid:1234567812345678")
+    openssl("pkeyutl", "-verify", "-pubin", "-inkey", desk.public(signer), "-in", data, "-sigfile", signature, *rawin)
+    theirs = desk.write("theirs", openssl("pkeyutl", "-encrypt", "-pubin", "-inkey", desk.public(receiver), "-in", short))
+    assert desk.done("decrypt", "--key", receiver, "--in", theirs) == DATA[:48]
+    brought = desk.folder / "sm2.pem"
+    openssl("genpkey", "-algorithm", "SM2", "-out", brought)
+    own = desk.imported("SM2-ENCRYPT", brought.read_bytes())
+    ours = desk.write("ours", desk.done("encrypt", "--key", own, "--in", short))
+    assert openssl("pkeyutl", "-decrypt", "-inkey", brought, "-in", ours) == DATA[:48]

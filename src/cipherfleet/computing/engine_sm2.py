@@ -97,6 +97,8 @@ class PublicKey:
         if len(data) > MAX_PLAINTEXT_BYTES:
             raise TooLarge(f"SM2 encrypts at most {MAX_PLAINTEXT_BYTES} bytes here", "wrap a data key with it")
         made = libcrypto().encrypt(self._key, data)
+        while made is not None and made.endswith(bytes(data)):  # a key stream of zeros: the standard draws again (6.1, A5)
+            made = libcrypto().encrypt(self._key, data)
         if made is None:
             raise Internal("SM2 could not encrypt")
         return made

@@ -186,6 +186,7 @@ def _public_keys() -> Iterator[Algorithm]:
         yield _entry(number, f"ECDSA-{curve}", signature, standard, profiles, bits, min(bits // 2, 256), digests=digests, family=curve)
     yield _entry(6, "Ed25519", signature, "FIPS 186-5, RFC 8032", _FIPS, 256, 128, family="Ed25519")
     yield _entry(71, "Ed448", signature, "FIPS 186-5, RFC 8032", _FIPS, 456, 224, family="Ed448")
+    yield _entry(72, "SM2", signature, "GB/T 32918.2", _GM, 256, 128, digests=("SM3",), family="SM2")
     for offset, (level, strength) in enumerate(((44, 128), (65, 192), (87, 256))):
         yield _entry(73 + offset, f"ML-DSA-{level}", signature, "FIPS 204", _FIPS, 256, strength, family=f"ML-DSA-{level}")
     for offset, (curve, bits, profiles) in enumerate(_CURVES):
@@ -195,6 +196,7 @@ def _public_keys() -> Iterator[Algorithm]:
     yield _entry(81, "X448", agreement, "RFC 7748", _ANY, 448, 224, family="X448")
     yield _entry(82, "ML-KEM-768", Kind.KEM, "FIPS 203", _FIPS, 512, 192, family="ML-KEM-768")
     yield _entry(83, "ML-KEM-1024", Kind.KEM, "FIPS 203", _FIPS, 512, 256, family="ML-KEM-1024")
+    yield _entry(84, "SM2-ENCRYPT", encryption, "GB/T 32918.4", _GM, 256, 128, family="SM2")
     yield _entry(85, "HPKE-ML-KEM-768-X25519", encryption, "RFC 9180, FIPS 203", _ANY, 768, 192, family="ML-KEM-768-X25519")
 
 

@@ -1,5 +1,7 @@
 """The client's own cryptography: key material on its way into a card, sealed so that only the card can open it."""
 
+import base64
+
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
@@ -28,7 +30,10 @@ def seal_material(profile: Profile, target: ImportTarget, name: str, material: b
 
 
 def _to_der(pem: bytes) -> bytes:
+    lines = pem.strip().splitlines()
     try:
+        if lines[0].strip() == _PEM + b" PRIVATE KEY-----":  # PKCS#8 already, perhaps of a curve that only the card knows
+            return base64.b64decode(b"".join(line.strip() for line in lines[1:-1]), validate=True)
         key = serialization.load_pem_private_key(pem, None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
         raise KeyMaterialInvalid("the private key cannot be read", "give PKCS#8 as PEM or DER, unencrypted") from exc

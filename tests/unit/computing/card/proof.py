@@ -60,7 +60,8 @@ def proves_itself(function: Function, chosen: Algorithm, handle: int, public: by
             with pytest.raises(MacInvalid):
                 run(Verb.VERIFY_MAC, DATA + b"!", signature=mac)
         case Kind.SIGNATURE:
-            serialization.load_der_public_key(public)
+            if chosen.family != "SM2":  # a curve that the library does not have
+                serialization.load_der_public_key(public)
             signature = run(Verb.SIGN, DATA)
             run(Verb.VERIFY, DATA, signature=signature)
             with pytest.raises(SignatureInvalid):

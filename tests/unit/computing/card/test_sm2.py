@@ -269,3 +269,13 @@ def test_a_system_without_the_library_says_so(monkeypatch: pytest.MonkeyPatch) -
         engine_sm2.generate()
     monkeypatch.undo()
     assert engine_sm2.generate()
+
+
+def test_no_plaintext_stands_open_in_its_ciphertext(key: PrivateKey, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key stream of zeros, one in 256 for a single byte, is drawn again (GB/T 32918.4, 6.1, step A5)."""
+    library = engine_sm2_libcrypto.libcrypto()
+    encrypt, made = library.encrypt, [CIPHERTEXT[:-1] + b"x"]
+    monkeypatch.setattr(type(library), "encrypt", lambda _self, handle, data: made.pop() if made else encrypt(handle, data))
+    ciphertext = key.encrypt(b"x")
+    assert not ciphertext.endswith(b"x")
+    assert key.decrypt(ciphertext) == b"x"
