@@ -26,6 +26,7 @@
     vcm        POST   /v1/escrow                           EscrowWrite -> EscrowReceipt
     vcm        POST   /v1/escrow/rows                      RowsRequest -> RowsReply           the rows that are named
     vcm        GET    /v1/escrow/rows?after=               -> RowsReply                       all rows, by key and version, in pages
+    vcm        POST   /v1/escrow/search                    KeySearch -> KeysFound             a hint: each row is checked by who asks
     vcm        POST   /v1/escrow/statements                StatementsRequest -> StatementsReply
     vcm        GET    /v1/audit                            -> AuditLog                        own consumer only
     vcm        WS     /v1/vcm                              VcmToKmc / KmcToVcm
@@ -33,15 +34,19 @@
     terminal   POST   /v1/applications                     ApplicationRequest -> ApplicationReply
 """
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 from cipherfleet.contract.escrow import EscrowRow, LogEntry, RowName, RowWrite, StatementEntry
-from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, MachineId, Serial, TokenId, VcmId
+from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, MachineId, Serial, TokenId, VcmId
 from cipherfleet.contract.messages import Chain, Message
 from cipherfleet.contract.statements import Purpose, Right, Signed
 
 MAX_ROW_NAMES = 512
 MAX_STATEMENT_NAMES = 512
+MAX_KEYS_FOUND = 1000
 
 
 class EnrolRequest(Message, frozen=True):
@@ -201,6 +206,27 @@ class RowsReply(Message, frozen=True):
 
     rows: tuple[EscrowRow, ...]
     end: bool = False
+
+
+class KeySearch(Message, frozen=True):
+    """Keys whose label begins with ``label``, of that state and algorithm, that have all of ``terms``: empty is any.
+
+    In the order of creation; with a ``label`` in the order of labels. ``after``: where the last page ended.
+    """
+
+    label: str = ""
+    state: str = ""
+    algorithm: str = ""
+    terms: tuple[str, ...] = ()
+    after: tuple[str, int] | None = None
+    limit: Annotated[int, Meta(ge=1, le=MAX_KEYS_FOUND)] = 100
+
+
+class KeysFound(Message, frozen=True):
+    """``after``: where the next page begins, if there may be one."""
+
+    keys: tuple[KeyId, ...]
+    after: tuple[str, int] | None = None
 
 
 class StatementsRequest(Message, frozen=True):

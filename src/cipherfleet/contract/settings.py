@@ -27,5 +27,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         LauncherChoice,
         Meta(description="how VCMs start: auto is bubblewrap, else unshare; zygote forks them, where that works"),
     ] = "auto"
+    keys_per_consumer: Annotated[int, Meta(ge=1, le=1_000_000, description="keys of a consumer, deleted ones included")] = 200_000
+    versions_per_consumer: Annotated[
+        int, Meta(ge=2, le=4_000_000, description="rows of a consumer in the escrow: the attributes and each version of its keys")
+    ] = 1_000_000
+    changes_per_consumer: Annotated[
+        int, Meta(ge=2048, le=8_000_000, description="changes of a consumer's keys and applications in all; each VCM reads all of them")
+    ] = 2_000_000
+    escrow_mib_per_consumer: Annotated[int, Meta(ge=1, le=65536, description="wrapped keys and attributes of a consumer, MiB")] = 1024
     argon2_memory_kib: Annotated[int, Meta(ge=8192, description="memory of the PIN's and passphrase's Argon2id, KiB")] = 65536
     argon2_iterations: Annotated[int, Meta(ge=1, description="passes of the PIN's and passphrase's Argon2id")] = 3

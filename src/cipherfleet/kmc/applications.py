@@ -27,7 +27,7 @@ from cipherfleet.contract.messages import Chain
 from cipherfleet.contract.statements import ApplicationStatement, Signed
 from cipherfleet.kmc import audit, store
 from cipherfleet.kmc.center import Center
-from cipherfleet.kmc.escrow import MAX_LOG, Escrow, append_log
+from cipherfleet.kmc.escrow import Escrow, append_log
 from cipherfleet.kmc.registry import Issued
 from cipherfleet.kmc.requests import subject_key
 from cipherfleet.kmc.schema import consumers, statements
@@ -52,6 +52,7 @@ class Applications:
         wrong with the request. A signing out answers with an empty chain. With ``HsmUnavailable`` it may have taken effect.
         """
         center, consumer, at = self._center, peer.identity.consumer, self._center.wall_clock()
+        most = center.settings.changes_per_consumer
         found = await center.database.read(partial(store.get_consumer, name=consumer))
         statement = self._check(request.statement, found)
         issued = None if statement.revoked else await self._certify(statement, request.csr)
@@ -61,7 +62,7 @@ class Applications:
             superseded = store.revoke_holders(connection, Role.APPLICATION, consumer, id_=statement.name)
             _put(connection, statement, request.statement, issued)
             entry = StatementEntry(statement.name, request.statement, statement.sequence)
-            entries = append_log(connection, consumer, [(entry.subject, statement_digest(request.statement))])
+            entries = append_log(connection, consumer, [(entry.subject, statement_digest(request.statement))], most)
             if issued is not None:
                 store.add_certificate(connection, issued)
             event = "application-signed-out" if statement.revoked else "application-signed-in"
@@ -77,7 +78,7 @@ class Applications:
 
         await center.database.write(commit, committed)
         chain = center.certification.chain(issued) if issued is not None else Chain(b"", center.certification.domain_pem(consumer))
-        _, checkpoint, entries = await self._escrow.since(consumer, min(max(request.since, 0), MAX_LOG))
+        _, checkpoint, entries = await self._escrow.since(consumer, min(max(request.since, 0), most))
         return ApplicationReply(chain, checkpoint, entries)
 
     async def revoke(self, consumer: ConsumerId, name: ApplicationName, *, actor: str) -> None:

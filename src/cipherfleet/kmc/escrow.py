@@ -7,44 +7,45 @@ from collections.abc import Sequence
 from functools import partial
 
 import msgspec
-from sqlalchemy import Connection, func, insert, select, update
-from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy import Connection, insert, update
 
-from cipherfleet.channel import signing
+from cipherfleet.channel import codec, signing
 from cipherfleet.contract.errors import ForeignConsumer, LimitReached, Malformed, StateConflict, TooLarge
-from cipherfleet.contract.escrow import EscrowRow, LogEntry, RowName, RowWrite, Seen, decode_attributes, extend, row_digest
+from cipherfleet.contract.escrow import LogEntry, RowName, Seen, decode_attributes, extend, row_digest
 from cipherfleet.contract.ids import ApplicationName, ConsumerId
 from cipherfleet.contract.kmc_api import (
     MAX_ROW_NAMES,
     MAX_STATEMENT_NAMES,
     EscrowReceipt,
     EscrowWrite,
+    KeySearch,
+    KeysFound,
     LogPage,
     RowsReply,
     StatementsReply,
 )
 from cipherfleet.contract.statements import CheckpointStatement, Signed
-from cipherfleet.kmc import audit, store
+from cipherfleet.kmc import audit, key_index, store
 from cipherfleet.kmc.center import Center
 from cipherfleet.kmc.escrow_reads import read_log, read_rows, read_rows_after, read_statements
+from cipherfleet.kmc.escrow_writes import store_rows
 from cipherfleet.kmc.pace import Pace
-from cipherfleet.kmc.schema import consumers, log, rows
+from cipherfleet.kmc.schema import consumers, log
 
 LOG_PAGE = 5_000
 """Entries in one answer: some 500 KiB."""
 ROWS_PAGE = 512
 """Rows in one answer: at most 11 MiB, as each has two parts of ``MAX_ROW_PART_BYTES`` (base64 included)."""
-MAX_WRITES = 64
+MAX_WRITES = 2000
+"""Rows of a batch of a thousand keys."""
 MAX_ROW_PART_BYTES = 8 * 1024
-MAX_WRITE_BYTES = 2 * 1024 * 1024
-MAX_KEYS = 4096
-MAX_ROWS = 16_384
-MAX_ROW_BYTES = 4 * 1024 * 1024
-MAX_LOG = 65_536
+MAX_WRITE_BYTES = codec.MAX_BODY_BYTES
 STATEMENT_ENTRIES = 1024
 """The last entries of a log are kept for statements: whoever fills it with rows cannot hinder a signing out."""
 CHANGES_PER_SECOND, CHANGES_BURST = 50, 2000
-"""Changes of a consumer's existing rows; new ones are bounded by ``MAX_ROWS``."""
+"""Changes of a consumer's existing rows; new ones are bounded by the settings."""
+NAMED_KEYS = 4
+"""Of so many keys the audit line names each; of a larger write it says where the log does."""
 MAX_VERSION = 2**31 - 1
 
 
@@ -78,6 +79,10 @@ class Escrow:
         found = await self._center.database.read(partial(read_rows_after, consumer=consumer, after=after, limit=ROWS_PAGE))
         return RowsReply(found, end=len(found) < ROWS_PAGE)
 
+    async def search(self, consumer: ConsumerId, wanted: KeySearch) -> KeysFound:
+        """Keys by label, state, algorithm and terms."""
+        return await self._center.database.read(partial(key_index.search, consumer=consumer, wanted=wanted))
+
     async def statements(self, consumer: ConsumerId, names: Sequence[ApplicationName]) -> StatementsReply:
         """Those of these applications that there are. Raises ``Malformed`` or ``EscrowRowTampered``."""
         if len(names) > MAX_STATEMENT_NAMES:
@@ -92,11 +97,17 @@ class Escrow:
         check_write(consumer, request)
         self._pace.take(consumer, sum(bool(write.previous) for write in request.writes))
         at = self._center.wall_clock()
-        subject = ", ".join(dict.fromkeys(write.row.key for write in request.writes))
+        rows = [write.row for write in request.writes]
+        keys = list(dict.fromkeys(row.key for row in rows))
 
         def commit(connection: Connection) -> EscrowReceipt:
-            changes = [(_store_row(connection, write), row_digest(write.row)) for write in request.writes]
-            entries = append_log(connection, consumer, changes, kept_free=STATEMENT_ENTRIES)
+            store_rows(connection, consumer, request.writes, self._center.settings)
+            changes = [(row.subject, row_digest(row)) for row in rows]
+            entries = append_log(connection, consumer, changes, self._center.settings.changes_per_consumer - STATEMENT_ENTRIES)
+            key_index.note(connection, consumer, rows, entries)
+            subject = ", ".join(keys)
+            if len(keys) > NAMED_KEYS:
+                subject = f"{len(keys)} keys, changes {entries[0].sequence} to {entries[-1].sequence} of the escrow"
             actor = f"{request.actor[:120]} via {via}" if request.actor else via
             audit.append(connection, consumer, at=at, actor=actor, event=request.event or "escrow-written", subject=subject)
             return EscrowReceipt(entries)
@@ -166,13 +177,11 @@ def check_write(consumer: ConsumerId, request: EscrowWrite) -> None:
         decode_attributes(row)
 
 
-def append_log(
-    connection: Connection, consumer: ConsumerId, changes: list[tuple[str, bytes]], *, kept_free: int = 0
-) -> tuple[LogEntry, ...]:
-    """New entries, and the new head of the consumer's log. Raises ``LimitReached``."""
+def append_log(connection: Connection, consumer: ConsumerId, changes: Sequence[tuple[str, bytes]], most: int) -> tuple[LogEntry, ...]:
+    """New entries, and the new head of the consumer's log, which has at most ``most``. Raises ``LimitReached``."""
     found = store.get_consumer(connection, consumer)
     sequence, head, entries = found.sequence, found.head, []
-    if sequence + len(changes) > MAX_LOG - kept_free:
+    if sequence + len(changes) > most:
         raise LimitReached(f"the escrow of {consumer} has seen {sequence} changes, no more fit")
     for subject, digest in changes:
         sequence += 1
@@ -182,28 +191,3 @@ def append_log(
     connection.execute(insert(log), [{"consumer": consumer, **msgspec.structs.asdict(entry)} for entry in entries])
     connection.execute(update(consumers).where(consumers.c.name == consumer).values(sequence=sequence, head=head))
     return tuple(entries)
-
-
-def _store_row(connection: Connection, write: RowWrite) -> str:
-    """The row, if it replaces what the writer believes it does; its subject."""
-    row = write.row
-    here = (rows.c.consumer == row.consumer) & (rows.c.key == row.key) & (rows.c.version == row.version)
-    current = connection.execute(select(rows).where(here)).first()
-    before = b"" if current is None else row_digest(EscrowRow(**current._mapping))
-    if before != write.previous:
-        raise StateConflict(f"row {row.subject} was changed by somebody else", "read the escrow again and retry")
-    if current is None:
-        kept = select(func.count()).select_from(rows).where(rows.c.consumer == row.consumer)
-        keys = kept.where(rows.c.version == 0)
-        if row.version == 0 and connection.execute(keys).scalar_one() >= MAX_KEYS:
-            raise LimitReached(f"a consumer has at most {MAX_KEYS} keys")
-        if connection.execute(kept).scalar_one() >= MAX_ROWS:
-            raise LimitReached(f"a consumer has at most {MAX_ROWS} versions of keys")
-    grown = len(row.attributes) + len(row.wrapped) - (0 if current is None else len(current.attributes) + len(current.wrapped))
-    total = store.get_consumer(connection, row.consumer).row_bytes + grown
-    if total > MAX_ROW_BYTES:
-        raise LimitReached(f"a consumer's wrapped keys have at most {MAX_ROW_BYTES} bytes")
-    connection.execute(update(consumers).where(consumers.c.name == row.consumer).values(row_bytes=total))
-    values = msgspec.structs.asdict(row)
-    connection.execute(upsert(rows).values(values).on_conflict_do_update(index_elements=["consumer", "key", "version"], set_=values))
-    return row.subject

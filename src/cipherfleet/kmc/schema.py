@@ -25,6 +25,8 @@ consumers = Table(
     Column("sequence", Integer, nullable=False),  # of the escrow's log
     Column("head", BLOB, nullable=False),
     Column("row_bytes", Integer, nullable=False),
+    Column("keys", Integer, nullable=False, server_default="0"),
+    Column("row_count", Integer, nullable=False, server_default="0"),
     Column("statement_sequence", Integer, nullable=False),  # the newest application statement's
 )
 
@@ -74,6 +76,30 @@ rows = Table(
     Column("version", Integer, primary_key=True),
     Column("attributes", BLOB, nullable=False),
     Column("wrapped", BLOB, nullable=False),
+)
+
+key_index = Table(
+    "key_index",
+    metadata,
+    Column("consumer", String, ForeignKey("consumers.name"), primary_key=True),
+    Column("key", String, primary_key=True),
+    Column("position", Integer, nullable=False),  # of the log: which change brought it
+    Column("algorithm", String, nullable=False),
+    Column("state", String, nullable=False),
+    Column("label", String, nullable=False),
+    Index("key_index_position", "consumer", "position"),
+    Index("key_index_algorithm", "consumer", "algorithm", "position"),
+    Index("key_index_state", "consumer", "state", "position"),
+    Index("key_index_label", "consumer", "label", "position"),
+)
+
+key_terms = Table(
+    "key_terms",
+    metadata,
+    Column("consumer", String, ForeignKey("consumers.name"), primary_key=True),
+    Column("term", String, primary_key=True),  # KIND:VALUE, see key_index.terms_of
+    Column("key", String, primary_key=True),
+    Index("key_terms_key", "consumer", "key"),
 )
 
 log = Table(

@@ -18,6 +18,7 @@ from cipherfleet.contract.kmc_api import (
     EnrolConfirmation,
     EnrolRequest,
     EscrowWrite,
+    KeySearch,
     KmcToTerminal,
     KmcToVcm,
     RowsRequest,
@@ -91,6 +92,7 @@ class KmcServer:
             ("POST", "/v1/escrow", vcm, self._write_escrow),
             ("POST", "/v1/escrow/rows", vcm, self._read_rows),
             ("GET", "/v1/escrow/rows", vcm, self._read_all_rows),
+            ("POST", "/v1/escrow/search", vcm, self._search_keys),
             ("POST", "/v1/escrow/statements", vcm, self._read_statements),
             ("GET", "/v1/vcm", vcm, self._vcm),
             ("GET", "/v1/terminal", terminal, self._terminal),
@@ -209,6 +211,10 @@ class KmcServer:
         after = _row_name(call.query("after"))
         async with self._bulk.turn(call.peer.identity.consumer, call.peer.identity.id):
             return await self.escrow.rows_page(call.peer.identity.consumer, after)
+
+    async def _search_keys(self, call: Call) -> object:
+        await self.service.require_released(call.peer)
+        return await self.escrow.search(call.peer.identity.consumer, await call.body(KeySearch))
 
     async def _read_statements(self, call: Call) -> object:
         await self.service.require_released(call.peer)

@@ -11,7 +11,7 @@ from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import CardId, ConsumerId, MachineId, Serial, TokenId, VcmId
 from cipherfleet.contract.kmc_api import ConsumerEntry
 from cipherfleet.kmc.registry import Issued
-from cipherfleet.kmc.schema import authorities, certificates, consumers, rows, statements, tokens, vcms
+from cipherfleet.kmc.schema import authorities, certificates, consumers, statements, tokens, vcms
 
 PENDING, ENROLLED, REVOKED = "pending", "enrolled", "revoked"
 FIRST_EPOCH = 1
@@ -25,6 +25,8 @@ class Consumer(msgspec.Struct, frozen=True):
     sequence: int
     head: bytes
     row_bytes: int
+    keys: int
+    row_count: int
     statement_sequence: int
 
 
@@ -162,7 +164,9 @@ def find_consumer(connection: Connection, name: ConsumerId) -> Consumer | None:
     row = connection.execute(select(consumers).where(consumers.c.name == name)).first()
     if row is None:
         return None
-    return Consumer(row.name, row.state, row.ukey, row.epoch, row.sequence, row.head, row.row_bytes, row.statement_sequence)
+    return Consumer(
+        row.name, row.state, row.ukey, row.epoch, row.sequence, row.head, row.row_bytes, row.keys, row.row_count, row.statement_sequence
+    )
 
 
 def get_consumer(connection: Connection, name: ConsumerId) -> Consumer:
@@ -188,6 +192,8 @@ def put_pending(connection: Connection, name: ConsumerId, ukey: bytes, *, at: fl
             sequence=0,
             head=genesis(name, FIRST_EPOCH),
             row_bytes=0,
+            keys=0,
+            row_count=0,
             statement_sequence=0,
         )
     )
@@ -219,13 +225,10 @@ def remove_pending(connection: Connection, name: ConsumerId) -> None:
 
 
 def list_consumers(connection: Connection) -> tuple[ConsumerEntry, ...]:
-    keys = {
-        r[0]: r[1] for r in connection.execute(select(rows.c.consumer, func.count()).where(rows.c.version == 0).group_by(rows.c.consumer))
-    }
     signed_in = select(statements.c.consumer, func.count()).where(statements.c.revoked.is_(False)).group_by(statements.c.consumer)
     applications = {r[0]: r[1] for r in connection.execute(signed_in)}
     return tuple(
-        ConsumerEntry(row.name, row.state, row.enrolled_at, keys.get(row.name, 0), applications.get(row.name, 0))
+        ConsumerEntry(row.name, row.state, row.enrolled_at, row.keys, applications.get(row.name, 0))
         for row in connection.execute(select(consumers).order_by(consumers.c.name))
     )
 

@@ -37,7 +37,7 @@ from cipherfleet.contract.kmc_api import (
     StatementsRequest,
 )
 from cipherfleet.contract.statements import CheckpointStatement, Signed
-from cipherfleet.kmc import applications, escrow
+from cipherfleet.kmc import applications, escrow, store
 from cipherfleet.kmc.pace import Pace
 from tests.escrow import check_whole
 from tests.unit.kmc.world import SEALED, TestConsumer, TestVcm, World, key_row, start_vcm
@@ -149,8 +149,24 @@ async def test_the_largest_write_comes_through(vcm: TestVcm) -> None:
     largest = structs.replace(key_row("alice"), wrapped=bytes(escrow.MAX_ROW_PART_BYTES))
     label = " " * (escrow.MAX_ROW_PART_BYTES - len(largest.attributes))
     largest = structs.replace(largest, attributes=largest.attributes + label.encode())
-    writes = [RowWrite(structs.replace(largest, key=new_key_id())) for _ in range(escrow.MAX_WRITES)]
-    assert len((await vcm.write(*writes)).log) == escrow.MAX_WRITES
+    fits = escrow.MAX_WRITE_BYTES * 3 // 4 // (2 * escrow.MAX_ROW_PART_BYTES + 300)
+    writes = [RowWrite(structs.replace(largest, key=new_key_id())) for _ in range(fits)]
+    assert len((await vcm.write(*writes)).log) == fits
+    with pytest.raises(TooLarge):
+        await vcm.write(*(RowWrite(structs.replace(largest, key=new_key_id())) for _ in range(fits + 64)))
+
+
+async def test_a_thousand_keys_at_once(world: World, alice: TestConsumer, vcm: TestVcm) -> None:
+    keys = [new_key_id() for _ in range(escrow.MAX_WRITES // 2)]
+    rows = [key_row("alice", key, version) for key in keys for version in (1, 0)]
+    receipt = await vcm.write(*(RowWrite(row) for row in rows))
+    assert [entry.subject for entry in receipt.log] == [row.subject for row in rows]
+    view = await view_of(vcm)
+    assert (len(view.rows), checked(view, alice).sequence) == (2000, 2000)
+    lines = await vcm.caller.call("GET", "/v1/audit", reply=dict)
+    assert lines["entries"][-1]["subject"] == "1000 keys, changes 1 to 2000 of the escrow"
+    found = await world.database.read(lambda connection: store.get_consumer(connection, alice.name))
+    assert (found.keys, found.row_count, found.row_bytes) == (1000, 2000, sum(len(r.attributes) + len(r.wrapped) for r in rows))
 
 
 async def test_all_or_nothing(world: World, vcm: TestVcm) -> None:
@@ -172,7 +188,7 @@ async def test_wrong_writes(vcm: TestVcm) -> None:
     row = key_row("alice")
     wrong: list[tuple[object, type[CipherfleetError]]] = [
         (EscrowWrite(()), Malformed),
-        (EscrowWrite((RowWrite(row),) * 65), Malformed),
+        (EscrowWrite((RowWrite(row),) * (escrow.MAX_WRITES + 1)), Malformed),
         (EscrowWrite((RowWrite(key_row("bob")),)), ForeignConsumer),
         (EscrowWrite((RowWrite(structs.replace(row, version=-1)),)), Malformed),
         (EscrowWrite((RowWrite(structs.replace(row, version=2**31)),)), Malformed),
@@ -192,21 +208,24 @@ async def test_wrong_writes(vcm: TestVcm) -> None:
     assert (await view_of(vcm)).log == ()
 
 
-@pytest.mark.parametrize("limit", ["MAX_KEYS", "MAX_ROWS", "MAX_ROW_BYTES", "MAX_LOG"])
-async def test_limits(vcm: TestVcm, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+@pytest.mark.parametrize(
+    ("limit", "most"),
+    [("keys_per_consumer", 1), ("versions_per_consumer", 1), ("escrow_mib_per_consumer", 0), ("changes_per_consumer", 1025)],
+)
+async def test_limits(world: World, vcm: TestVcm, limit: str, most: int) -> None:
     row = key_row("alice", version=0)
     await vcm.write(RowWrite(row))
-    monkeypatch.setattr(escrow, limit, len(row.attributes) + len(row.wrapped) if limit == "MAX_ROW_BYTES" else 1)
+    world.center.settings = structs.replace(world.center.settings, **{limit: most})
     with pytest.raises(LimitReached):
         await vcm.write(RowWrite(key_row("alice", version=0)))
-    if limit != "MAX_LOG":  # what is there may still change
+    if limit != "changes_per_consumer":  # what is there may still change
         await vcm.write(RowWrite(structs.replace(row, wrapped=b"n" * 60), row_digest(row)))
 
 
-async def test_rows_leave_room_for_statements(alice: TestConsumer, vcm: TestVcm, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rows_leave_room_for_statements(world: World, alice: TestConsumer, vcm: TestVcm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who may write keys cannot keep the consumer from signing an application out."""
     monkeypatch.setattr(escrow, "STATEMENT_ENTRIES", 2)
-    monkeypatch.setattr(escrow, "MAX_LOG", 3)
+    world.center.settings = structs.replace(world.center.settings, changes_per_consumer=3)
     await vcm.write(RowWrite(key_row("alice")))
     with pytest.raises(LimitReached):
         await vcm.write(RowWrite(key_row("alice")))
