@@ -203,8 +203,9 @@ class KmcServer:
             return await self.escrow.log_page(call.peer.identity.consumer, after)
 
     async def _read_rows(self, call: Call) -> object:
+        request = await call.body(RowsRequest)
         await self.service.require_released(call.peer)
-        return await self.escrow.rows(call.peer.identity.consumer, (await call.body(RowsRequest)).rows)
+        return await self.escrow.rows(call.peer.identity.consumer, request.rows)
 
     async def _read_all_rows(self, call: Call) -> object:
         await self.service.require_released(call.peer)
@@ -213,12 +214,14 @@ class KmcServer:
             return await self.escrow.rows_page(call.peer.identity.consumer, after)
 
     async def _search_keys(self, call: Call) -> object:
+        request = await call.body(KeySearch)
         await self.service.require_released(call.peer)
-        return await self.escrow.search(call.peer.identity.consumer, await call.body(KeySearch))
+        return await self.escrow.search(call.peer.identity.consumer, request)
 
     async def _read_statements(self, call: Call) -> object:
+        request = await call.body(StatementsRequest)
         await self.service.require_released(call.peer)
-        return await self.escrow.statements(call.peer.identity.consumer, (await call.body(StatementsRequest)).names)
+        return await self.escrow.statements(call.peer.identity.consumer, request.names)
 
     async def _write_escrow(self, call: Call) -> object:
         request = await call.body(EscrowWrite, limit=MAX_WRITE_BYTES)

@@ -41,7 +41,8 @@ ROUTES = {
     ("GET", "/v1/terminal"): {Role.TERMINAL},
     ("POST", "/v1/applications"): {Role.TERMINAL},
 }
-BODIES = [r for r in ROUTES if r[0] in ("POST", "PUT") and not r[1].endswith(("/revoke", "/revoke-ukey"))]
+NO_BODY = ("/revoke", "/revoke-ukey", "/search")  # or an empty one
+BODIES = [r for r in ROUTES if r[0] in ("POST", "PUT") and not r[1].endswith(NO_BODY)]
 
 
 async def callers(world: World) -> dict[Role, Caller]:
