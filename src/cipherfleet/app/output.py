@@ -113,3 +113,15 @@ def steps(text: str, total: int, *, quiet: bool) -> Iterator[Callable[[str], Non
     with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task(text, total=total)
         yield lambda what: bar.update(task, advance=1, description=f"{text}: {what}")
+
+
+@contextmanager
+def counting(text: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar over things; ``done(count)`` says how many there are now."""
+    if quiet or not errors.is_terminal:
+        yield lambda _count: None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda count: bar.update(task, completed=count)

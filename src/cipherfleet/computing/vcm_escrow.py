@@ -33,6 +33,8 @@ from cipherfleet.contract.kmc_api import (
     MAX_STATEMENT_NAMES,
     EscrowReceipt,
     EscrowWrite,
+    KeySearch,
+    KeysFound,
     LogPage,
     RowsReply,
     RowsRequest,
@@ -131,6 +133,22 @@ class Escrow:
         """How many keys there are, deleted ones included."""
         return 0 if self._state is None else self._state.keys
 
+    def sealed(self, key: KeyId, version: int) -> bool:
+        """Whether the card has found that the newest row is sealed by the consumer's CMK, attributes and all."""
+        number = None if self._state is None else self._state.number(key, version)
+        return number is not None and self._cache.sealed(number)
+
+    def note_sealed(self, row: EscrowRow) -> None:
+        """The card has checked ``row``, or made it."""
+        if self._state is not None and self._state.digest(row.key, row.version) == row_digest(row):
+            number = self._state.number(row.key, row.version)
+            if number is not None:
+                self._cache.note_sealed(number)
+
+    async def search(self, wanted: KeySearch) -> KeysFound:
+        """What the KMC's index finds: a hint. Raises ``KmcUnavailable``."""
+        return await self._kmc.call("POST", "/v1/escrow/search", wanted, reply=KeysFound)
+
     def keys_from(self, position: int, count: int) -> Iterator[KeyId]:
         """Keys in the order of their creation: the log has all of them, whatever the KMC shows."""
         return iter(()) if self._state is None else self._state.keys_from(position, count)
@@ -150,7 +168,7 @@ class Escrow:
         Raises ``KeyUnknown`` for one that the log does not name, ``EscrowRowTampered``, ``EscrowRowForeign`` or ``EscrowRolledBack``
         for one that is not what the log names, ``KmcUnavailable``.
         """
-        found = {name: row for name in names if (row := self._kept(name)) is not None}
+        found = {name: row for name in names if (row := self.kept(name)) is not None}
         missing = list(dict.fromkeys(name for name in names if name not in found))
         for name in missing:
             if not self.has(name.key, name.version):
@@ -345,7 +363,8 @@ class Escrow:
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
-    def _kept(self, name: RowName) -> EscrowRow | None:
+    def kept(self, name: RowName) -> EscrowRow | None:
+        """A row that was checked and is here still."""
         number = None if self._state is None else self._state.number(name.key, name.version)
         parts = None if number is None else self._cache.get(number)
         return None if parts is None else EscrowRow(self._consumer, name.key, name.version, *parts)

@@ -6,12 +6,14 @@ Every change is made in the card, committed by the escrow, and only then visible
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 
 import msgspec
 
 from cipherfleet.channel import codec
 from cipherfleet.computing.vcm_escrow import Escrow
+from cipherfleet.computing.vcm_handles import Handles, Name
+from cipherfleet.computing.vcm_listing import find, fits
 from cipherfleet.contract.algorithms import Kind, algorithm
 from cipherfleet.contract.errors import (
     CipherfleetError,
@@ -26,13 +28,15 @@ from cipherfleet.contract.errors import (
 )
 from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, KeyState, RowName, VersionAttributes, decode_attributes, row_digest
 from cipherfleet.contract.ids import KeyId, new_key_id
-from cipherfleet.contract.vcc import ImportRequest, Operation, RowRequest, VirtualCryptoCard
+from cipherfleet.contract.vcc import Completion, ImportRequest, Operation, RowRequest, VirtualCryptoCard
 from cipherfleet.contract.vcm import KeyUse
-from cipherfleet.contract.vcm_api import KeyDescription
+from cipherfleet.contract.vcm_api import KeyDescription, KeyImportRequest, KeyListReply, KeyQuery
 
 _EVENTS = {KeyState.ENABLED: "key-enable", KeyState.DISABLED: "key-disable", KeyState.DELETED: "key-delete"}
 
 SWEEP_AGAIN_S = 1.0
+AT_ONCE = 32
+"""Requests to the card that one list or batch has under way."""
 
 
 class Keys:
@@ -40,9 +44,8 @@ class Keys:
 
     def __init__(self, escrow: Escrow, card: VirtualCryptoCard) -> None:
         self._escrow, self._card = escrow, card
-        self._checked: dict[KeyId, tuple[EscrowRow, KeyAttributes]] = {}
-        self._handles: dict[tuple[KeyId, int], int] = {}
-        self._loading = asyncio.Lock()
+        self._revisions: dict[KeyId, int] = {}  # of keys that changed
+        self._handles = Handles(card)
 
     # -- the port ------------------------------------------------------------------------------------------------------
 
@@ -54,16 +57,44 @@ class Keys:
         """A new key of material that was sealed to this card. Raises as ``create``, ``SealedForeign`` or ``KeyMaterialInvalid``."""
         return await self._create(name, sealed, label, actor, "key-import", bare)
 
+    async def create_many(self, name: str, labels: Sequence[str], *, actor: str, bare: bool = False) -> list[KeyDescription]:
+        """A key for each label, all or none. Raises as ``create``."""
+        return await self._create_many([KeyImportRequest(name, b"", label, bare) for label in labels], actor, "key-create")
+
+    async def import_many(self, keys: Sequence[KeyImportRequest], *, actor: str) -> list[KeyDescription]:
+        """All of these, or none. Raises as ``import_key``."""
+        return await self._create_many(keys, actor, "key-import")
+
     async def _create(self, name: str, sealed: bytes | None, label: str, actor: str, event: str, bare: bool) -> KeyDescription:
         self._require_loaded()
         await self._escrow.require()
-        chosen = algorithm(name)
-        if chosen.kind is Kind.DIGEST:
-            raise WrongKeyType(f"{chosen.name} is a digest, it has no keys")
-        key, now = new_key_id(), time.time()
-        attributes = KeyAttributes(chosen.name, KeyState.ENABLED, 1, 1, now, label, actor, bare=bare or chosen.bare_only)
+        key, now, attributes = new_key_id(), time.time(), _first_attributes(name, label, actor, bare)
         await self._write_version(key, attributes, None, now, actor, event, sealed)
         return await self.describe(key)
+
+    async def _create_many(self, wanted: Sequence[KeyImportRequest], actor: str, event: str) -> list[KeyDescription]:
+        """Made in the card, some at a time, then stored in one write; what of them was loaded is unloaded again."""
+        self._require_loaded()
+        await self._escrow.require()
+        turns, imported = asyncio.Semaphore(AT_ONCE), event == "key-import"
+
+        async def make(one: KeyImportRequest) -> tuple[EscrowRow, EscrowRow]:
+            attributes, key = _first_attributes(one.algorithm, one.label, actor, one.bare), new_key_id()
+            async with turns:
+                made = await self._make(key, attributes, attributes.created_at, one.sealed if imported else None)
+                await self._handles.drop(made.value)
+                return codec.decode(made.parameters, EscrowRow), await self._seal(key, attributes, None)
+
+        made = await asyncio.gather(*(make(one) for one in wanted), return_exceptions=True)
+        rows: list[EscrowRow] = []
+        for pair in made:
+            if isinstance(pair, BaseException):
+                raise pair
+            rows += pair
+        await self._escrow.write(rows, replaces=[None] * len(rows), actor=actor, event=event)
+        for row in rows:
+            self._escrow.note_sealed(row)
+        return [await self.describe(row.key) for row in rows if row.version == 0]
 
     async def rotate(self, key: KeyId, *, actor: str) -> KeyDescription:
         """A new current version; the old ones go on decrypting. Raises ``KeyUnknown``, ``KeyDisabled``, ``KeyDeleted``."""
@@ -92,46 +123,61 @@ class Keys:
 
         await self._retry(attempt)
         if state is KeyState.DELETED:
-            await self._unload(key)
+            await self._handles.unload((key,))
         return await self.describe(key)
 
     async def describe(self, key: KeyId) -> KeyDescription:
         attributes, _ = await self._attributes(key)
         return await self._describe(key, attributes)
 
-    async def list_keys(self) -> Sequence[KeyDescription]:
-        """All keys, deleted ones too, oldest first."""
+    async def list_keys(self, query: KeyQuery) -> KeyListReply:
+        """A page of keys, deleted ones too: all in the order of creation, or those that fit."""
         self._require_loaded()
         await self._escrow.require()
-        return [await self.describe(key) for key in self._escrow.keys_from(0, self._escrow.keys)]
+        keys, after = await find(self._escrow, query)
+        if not query.everything and any(not self._escrow.has(key, 0) for key in keys):
+            await self._escrow.refresh()
+            keys = [key for key in keys if self._escrow.has(key, 0)]
+        await self._escrow.rows([RowName(key, version) for key in keys for version in self._first_and_newest(key)])
+        described: list[KeyDescription] = []
+        for start in range(0, len(keys), AT_ONCE):
+            described += await asyncio.gather(*(self.describe(key) for key in keys[start : start + AT_ONCE]))
+        if not query.everything:
+            described = [one for one in described if fits(query, one)]
+        return KeyListReply(tuple(described), after)
 
     async def use(self, key: KeyId, *, version: int | None = None) -> KeyUse:
         attributes, _ = await self._attributes(key)
         _require_enabled(key, attributes)
         wanted = attributes.current_version if version is None else version
-        handle = self._handles.get((key, wanted))
+        handle = self._handles.take(Name(key, wanted))
         if handle is None:
             handle = await self._load(key, wanted)
         return KeyUse(key, wanted, attributes.algorithm, handle, attributes.bare)
 
+    def hold(self) -> AbstractContextManager[None]:
+        return self._handles.hold()
+
     async def refresh(self) -> None:
         """Somebody else changed the escrow: see what, and unload what is deleted."""
         await self._escrow.refresh()
-        for key in self._escrow.take_news() & {key for key, _ in self._handles}:
+        for key in self._handles.of(self._escrow.take_news()):
             with suppress(CipherfleetError):  # a row that is not good is refused when it is used
                 attributes, _ = await self._attributes(key)
                 if attributes.state is KeyState.DELETED:
-                    await self._unload(key)
+                    await self._handles.unload((key,))
 
     async def sweep(self) -> None:
         """Have every row of the escrow checked, beside the service: half of the time at most goes into it.
 
-        Raises what ``Escrow.rows`` raises for one that is not what the log names.
+        Raises what ``Escrow.rows`` raises for one that is not what the log names. One that the card refuses is refused when it is used.
         """
         while not self._escrow.swept:
             began = time.monotonic()
             try:
-                await self._escrow.sweep_page()
+                rows = [row for row in await self._escrow.sweep_page() if row.version == 0]
+                for start in range(0, len(rows), AT_ONCE):
+                    await asyncio.gather(*(self._check(row) for row in rows[start : start + AT_ONCE]), return_exceptions=True)
             except ServiceUnavailable:
                 await asyncio.sleep(SWEEP_AGAIN_S)
             await asyncio.sleep(time.monotonic() - began)
@@ -156,23 +202,32 @@ class Keys:
         await self._known(key)
         if not self._escrow.has(key, 0):
             raise EscrowRowTampered(f"key {key} lacks its attributes")
-        newest = self._escrow.versions(key)[-1:]
-        row = (await self._escrow.rows((RowName(key, 0), *(RowName(key, version) for version in newest))))[0]
-        known = self._checked.get(key)
-        if known is not None and known[0] == row:
-            return known[1], row
-        await self._card.submit(Operation.VERIFY_ATTRIBUTES, parameters=codec.encode(row))
-        attributes = _key_attributes(row)
-        if known is not None and attributes.revision < known[1].revision:
-            raise EscrowRowTampered(f"the attributes of key {key} are older than those seen before")
-        self._checked[key] = row, attributes
-        return attributes, row
+        row = self._escrow.kept(RowName(key, 0))
+        if row is None:
+            row = (await self._escrow.rows([RowName(key, version) for version in self._first_and_newest(key)]))[0]
+        return await self._check(row), row
+
+    async def _check(self, row: EscrowRow) -> KeyAttributes:
+        """A key's attributes, once the card has checked them. Raises ``EscrowRowTampered``."""
+        attributes, known = _key_attributes(row), self._revisions.get(row.key, 1)
+        if attributes.revision < known:
+            raise EscrowRowTampered(f"the attributes of key {row.key} are older than those seen before")
+        if not self._escrow.sealed(row.key, 0):
+            await self._card.submit(Operation.VERIFY_ATTRIBUTES, parameters=codec.encode(row))
+            self._escrow.note_sealed(row)
+        if attributes.revision > known:
+            self._revisions[row.key] = attributes.revision
+        return attributes
+
+    def _first_and_newest(self, key: KeyId) -> tuple[int, ...]:
+        """The versions that describe a key: its attributes, and its newest material."""
+        return (0, *self._escrow.versions(key)[-1:])
 
     async def _describe(self, key: KeyId, attributes: KeyAttributes) -> KeyDescription:
         chosen = algorithm(attributes.algorithm)
         public_key, version = b"", attributes.current_version
         if not chosen.secret_key and attributes.state is not KeyState.DELETED:
-            if (key, version) not in self._handles:
+            if not self._escrow.sealed(key, version):
                 await self._load(key, version)  # so the card has checked the public key, too
             public_key = _version_attributes(await self._escrow.row(key, version)).public_key
         current = await self._escrow.row(key, version) if self._escrow.has(key, version) else None
@@ -212,42 +267,37 @@ class Keys:
     ) -> None:
         """Make the current version of ``attributes`` in the card (or open what is ``imported`` there), and store it with them."""
         version = attributes.current_version
-        request = RowRequest(key, version, codec.encode(VersionAttributes(attributes.algorithm, now, bare=attributes.bare)))
-        if imported is None:
-            made = await self._card.submit(Operation.GENERATE, parameters=codec.encode(request))
-        else:
-            made = await self._card.submit(Operation.IMPORT, parameters=codec.encode(ImportRequest(request, imported)))
+        made = await self._make(key, attributes, now, imported)
         try:
             sealed = await self._seal(key, attributes, replaces)
             material = codec.decode(made.parameters, EscrowRow)
             await self._escrow.write((material, sealed), replaces=(None, replaces), actor=actor, event=event)
         except BaseException:
-            with suppress(CipherfleetError):
-                await asyncio.shield(self._card.submit(Operation.UNLOAD, handle=made.value))
+            await self._handles.drop(made.value)
             raise
-        self._handles[key, version] = made.value
-        self._checked[key] = sealed, _key_attributes(sealed)
+        self._handles.adopt(Name(key, version), made.value)
+        for row in (material, sealed):
+            self._escrow.note_sealed(row)
+
+    async def _make(self, key: KeyId, attributes: KeyAttributes, now: float, imported: bytes | None) -> Completion:
+        """The current version of ``attributes``, made or opened in the card. Raises what the card says."""
+        of_version = VersionAttributes(attributes.algorithm, now, bare=attributes.bare)
+        request = RowRequest(key, attributes.current_version, codec.encode(of_version))
+        if imported is None:
+            return await self._handles.submit(Operation.GENERATE, codec.encode(request))
+        return await self._handles.submit(Operation.IMPORT, codec.encode(ImportRequest(request, imported)))
 
     async def _load(self, key: KeyId, version: int) -> int:
         """The handle of a version. Raises ``KeyUnknown``, ``EscrowRowTampered`` or ``EscrowRowForeign``."""
-        async with self._loading:
-            handle = self._handles.get((key, version))
-            if handle is None:
-                await self._known(key)
-                if version > 0 and not self._escrow.has(key, version):
-                    await self._escrow.refresh()  # another VCM may have rotated it a moment ago
-                if version <= 0:
-                    raise KeyUnknown(f"key {key} has no version {version}")
-                row = await self._escrow.row(key, version)
-                done = await self._card.submit(Operation.LOAD, parameters=codec.encode(row))
-                handle = self._handles[key, version] = done.value
-            return handle
-
-    async def _unload(self, key: KeyId) -> None:
-        async with self._loading:
-            for name in [name for name in self._handles if name[0] == key]:
-                with suppress(CipherfleetError):
-                    await self._card.submit(Operation.UNLOAD, handle=self._handles.pop(name))
+        await self._known(key)
+        if version <= 0:
+            raise KeyUnknown(f"key {key} has no version {version}")
+        if not self._escrow.has(key, version):
+            await self._escrow.refresh()  # another VCM may have rotated it a moment ago
+        row = await self._escrow.row(key, version)
+        handle = await self._handles.load(Name(key, version), codec.encode(row))
+        self._escrow.note_sealed(row)
+        return handle
 
     async def _retry(self, attempt: Callable[[], Awaitable[None]]) -> None:
         """Once more with what is there now, when somebody else changed it first."""
@@ -256,6 +306,14 @@ class Keys:
         except StateConflict:
             await self._escrow.refresh()
             await attempt()
+
+
+def _first_attributes(name: str, label: str, actor: str, bare: bool) -> KeyAttributes:
+    """Of a new key. Raises ``AlgorithmUnknown`` or ``WrongKeyType``."""
+    chosen = algorithm(name)
+    if chosen.kind is Kind.DIGEST:
+        raise WrongKeyType(f"{chosen.name} is a digest, it has no keys")
+    return KeyAttributes(chosen.name, KeyState.ENABLED, 1, 1, time.time(), label, actor, bare=bare or chosen.bare_only)
 
 
 def _require_enabled(key: KeyId, attributes: KeyAttributes) -> None:

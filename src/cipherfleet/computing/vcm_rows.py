@@ -17,6 +17,7 @@ class RowCache:
         self._limit = limit_bytes
         self._kept: OrderedDict[int, bytes] = OrderedDict()
         self._bytes = 0
+        self._sealed = bytearray()  # of each row by number: whether the card has found that the consumer's CMK sealed it
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -36,7 +37,7 @@ class RowCache:
         return packed[4:end], packed[end:]
 
     def put(self, number: int, row: EscrowRow) -> None:
-        self.drop(number)
+        self._remove(number)
         packed = self._kept[number] = len(row.attributes).to_bytes(4, "big") + row.attributes + row.wrapped
         self._bytes += len(packed) + OVERHEAD_BYTES
         while self._bytes > self._limit:
@@ -44,10 +45,26 @@ class RowCache:
             self._bytes -= len(old) + OVERHEAD_BYTES
 
     def drop(self, number: int) -> None:
+        """The row was replaced."""
+        self._remove(number)
+        if number < len(self._sealed):
+            self._sealed[number] = 0
+
+    def sealed(self, number: int) -> bool:
+        """Whether the card has checked the newest row of that number, here or not."""
+        return number < len(self._sealed) and self._sealed[number] != 0
+
+    def note_sealed(self, number: int) -> None:
+        if number >= len(self._sealed):
+            self._sealed += bytes(number + 1 - len(self._sealed))
+        self._sealed[number] = 1
+
+    def _remove(self, number: int) -> None:
         old = self._kept.pop(number, None)
         if old is not None:
             self._bytes -= len(old) + OVERHEAD_BYTES
 
     def clear(self) -> None:
         self._kept.clear()
+        self._sealed.clear()
         self._bytes = 0

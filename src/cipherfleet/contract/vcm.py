@@ -1,6 +1,7 @@
 """What a VCM gives to the network components it hosts: the port between ``computing`` and ``services``."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import msgspec
@@ -11,7 +12,7 @@ from cipherfleet.contract.ids import ConsumerId, KeyId, VcmId
 from cipherfleet.contract.kmc_api import AuditLog
 from cipherfleet.contract.statements import Right, Signed
 from cipherfleet.contract.vcc import VirtualCryptoCard
-from cipherfleet.contract.vcm_api import KeyDescription, LoginReply
+from cipherfleet.contract.vcm_api import KeyDescription, KeyImportRequest, KeyListReply, KeyQuery, LoginReply
 
 
 class KeyUse(msgspec.Struct, frozen=True):
@@ -31,6 +32,14 @@ class KeyStore(Protocol):
 
     async def import_key(self, algorithm: str, sealed: bytes, *, label: str, actor: str, bare: bool = False) -> KeyDescription: ...
 
+    async def create_many(self, algorithm: str, labels: Sequence[str], *, actor: str, bare: bool = False) -> Sequence[KeyDescription]:
+        """All of them, or none."""
+        ...
+
+    async def import_many(self, keys: Sequence[KeyImportRequest], *, actor: str) -> Sequence[KeyDescription]:
+        """All of them, or none."""
+        ...
+
     async def rotate(self, key: KeyId, *, actor: str) -> KeyDescription: ...
 
     async def set_state(self, key: KeyId, state: KeyState, *, actor: str) -> KeyDescription: ...
@@ -39,7 +48,13 @@ class KeyStore(Protocol):
         """Raises ``KeyUnknown``; looks at the escrow again before it says so."""
         ...
 
-    async def list_keys(self) -> Sequence[KeyDescription]: ...
+    async def list_keys(self, query: KeyQuery) -> KeyListReply:
+        """One page. Raises ``Malformed`` for a token that is none of ours."""
+        ...
+
+    def hold(self) -> AbstractContextManager[None]:
+        """What ``use`` gives within stays loaded until the end; without, it may be unloaded when the vCC is full."""
+        ...
 
     async def use(self, key: KeyId, *, version: int | None = None) -> KeyUse:
         """The handle of a version (default: the current one). Raises ``KeyUnknown``, ``KeyDisabled``, ``KeyDeleted``."""

@@ -9,6 +9,9 @@
 from cipherfleet.contract.ids import CardId, KeyId, VcmId
 from cipherfleet.contract.messages import Message
 
+MAX_KEYS_AT_ONCE = 1000
+"""In one page, or in one batch."""
+
 
 class LoginReply(Message, frozen=True):
     """``confirmation``: HMAC-SHA-256, keyed from the Ukey share, over "cipherfleet card confirm v1", card, vcm and nonce.
@@ -60,8 +63,44 @@ class KeyDescription(Message, frozen=True):
     bare: bool = False  # its ciphertexts are bare: no header names key and version
 
 
+class KeysCreateRequest(Message, frozen=True):
+    """One key for each label, 1 to ``MAX_KEYS_AT_ONCE``, all or none."""
+
+    algorithm: str
+    labels: tuple[str, ...]
+    bare: bool = False
+
+
+class KeysImportRequest(Message, frozen=True):
+    """1 to ``MAX_KEYS_AT_ONCE``, all or none; each sealed to the same card."""
+
+    keys: tuple[KeyImportRequest, ...]
+
+
+class KeyQuery(Message, frozen=True):
+    """Which keys, and which page of them: ``label`` is how theirs begin, the others are whole; empty is any.
+
+    Without any of these the list is complete, in the order of creation. With them it is what the KMC's index finds (with a
+    label in the order of labels): each is checked, but the KMC could leave one out. ``after``: ``next`` of the last page.
+    """
+
+    label: str = ""
+    state: str = ""
+    algorithm: str = ""
+    terms: tuple[str, ...] = ()
+    after: str = ""
+    limit: int = 100
+
+    @property
+    def everything(self) -> bool:
+        return not (self.label or self.state or self.algorithm or self.terms)
+
+
 class KeyListReply(Message, frozen=True):
+    """``next``: the token of the next page, empty at the end."""
+
     keys: tuple[KeyDescription, ...]
+    next: str = ""
 
 
 class DataKeyReply(Message, frozen=True):

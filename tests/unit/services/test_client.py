@@ -40,7 +40,7 @@ from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.statements import Right
 from cipherfleet.contract.vcc import Operation
-from cipherfleet.contract.vcm_api import EndpointsReply
+from cipherfleet.contract.vcm_api import EndpointsReply, KeyQuery
 from cipherfleet.services.middleware import connection as connections
 from cipherfleet.services.middleware.endpoints import Endpoints, normal
 from tests.pki import Authority
@@ -307,7 +307,7 @@ async def test_what_is_not_safe_is_not_repeated(stage: Stage) -> None:
             await fails_once(stage, Operation.GENERATE, CardUnavailable("the card is gone"))
             with pytest.raises(CardUnavailable):
                 await client.create_key()
-            assert await other.host.keys.list_keys() == []
+            assert (await other.host.keys.list_keys(KeyQuery())).keys == ()
 
             async def once() -> AsyncIterator[bytes]:
                 yield b"data"

@@ -29,6 +29,8 @@ from tests.unit.services.stage import ACME, CARD, VCM, Stage
 KEY = "0" * 32
 ROUTES: dict[tuple[str, str], tuple[Right, ...]] = {
     ("POST", "/v1/keys"): (Right.CREATE,),
+    ("POST", "/v1/keys/batch"): (Right.CREATE,),
+    ("POST", "/v1/import/batch"): (Right.CREATE,),
     ("GET", "/v1/import"): (Right.CREATE,),
     ("POST", "/v1/import"): (Right.CREATE,),
     ("GET", "/v1/keys"): (Right.SHOW,),
@@ -124,7 +126,7 @@ async def test_keys_that_are_not_there(raw: aiohttp.ClientSession, method: str, 
         assert await call(raw, method, concrete(path, bad), **how) == (400, "malformed")
 
 
-JSON_ROUTES = ["/v1/keys", "/v1/keys/{key}/data-key"]
+JSON_ROUTES = ["/v1/keys", "/v1/keys/batch", "/v1/keys/{key}/data-key"]
 
 
 @pytest.mark.parametrize("path", JSON_ROUTES)

@@ -2,7 +2,7 @@
 
 import base64
 import textwrap
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -12,12 +12,16 @@ import typer
 from cipherfleet import Client
 from cipherfleet.app import output
 from cipherfleet.app.options import In, Json, ProfileFile, read_small, run
+from cipherfleet.channel import codec
 from cipherfleet.contract.errors import Malformed
 from cipherfleet.contract.vcm_api import KeyDescription
+from cipherfleet.services.middleware.envelope import NewKey
 
 app = typer.Typer(help="Keys: create, import, list, show, rotate, enable, disable, delete.", no_args_is_help=True)
 
 T = TypeVar("T")
+SHOWN = 1000
+MAX_BATCH_FILE_BYTES = 512 * 1024 * 1024
 Bare = Annotated[bool, typer.Option(help="An AEAD key whose ciphertexts are nonce, ciphertext and tag as the standard has them.")]
 KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id.")]
 
@@ -29,39 +33,70 @@ def create(
     algorithm: Annotated[str | None, typer.Option("--algorithm", "-a", help="See: cipherfleet algorithms (default AES-256-GCM).")] = None,
     label: Annotated[str, typer.Option(help="A name for people.")] = "",
     bare: Bare = False,
+    count: Annotated[int, typer.Option(min=1, max=100_000, help="How many; of each thousand all are made, or none.")] = 1,
     json: Json = False,
 ) -> None:
-    """Make a key; it is safe in the key escrow before this returns."""
+    """Make a key, or many alike; it is safe in the key escrow before this returns."""
     if name and algorithm and name != algorithm:
         raise Malformed("two algorithms are given", "give one")
     chosen = algorithm or name or "AES-256-GCM"
+    if count > 1:
+        with output.counting("making keys", count, quiet=json) as done:
+            made = ask(profile, lambda client: client.create_keys(chosen, [label] * count, bare=bare, done=done))
+        _show_all(made, as_json=json)
+        return
     _show(ask(profile, lambda client: client.create_key(chosen, label=label, bare=bare)), as_json=json)
 
 
 @app.command("import")
 def import_(
     profile: ProfileFile,
-    algorithm: Annotated[str, typer.Argument(metavar="ALGORITHM", help="See: cipherfleet algorithms.")],
+    algorithm: Annotated[str | None, typer.Argument(metavar="[ALGORITHM]", help="See: cipherfleet algorithms.", show_default=False)] = None,
     source: In = None,
+    batch: Annotated[
+        Path | None,
+        typer.Option(help='Many keys: lines of {"algorithm", "material" (base64), "label"}; - is standard input.', show_default=False),
+    ] = None,
     label: Annotated[str, typer.Option(help="A name for people.")] = "",
     bare: Bare = False,
     json: Json = False,
 ) -> None:
-    """Bring a key of your own: raw bytes, or a private key as PKCS#8. It is sealed to the card here, before it leaves."""
+    """Bring a key of your own: raw bytes, or a private key as PKCS#8. It is sealed to the card here, before it leaves.
+
+    With --batch many at once: of each thousand all are in the escrow then, or none.
+    """
+    if batch is not None:
+        if algorithm is not None or source is not None or label or bare:
+            raise Malformed("a batch says of each key what it is", "give --batch alone")
+        keys = read_keys(batch)
+        with output.counting("importing keys", len(keys), quiet=json) as done:
+            made = ask(profile, lambda client: client.import_keys(keys, done=done))
+        _show_all(made, as_json=json)
+        return
+    if algorithm is None:
+        raise Malformed("no algorithm is given", "see: cipherfleet algorithms")
     material = read_small(source)
     _show(ask(profile, lambda client: client.import_key(algorithm, material, label=label, bare=bare)), as_json=json)
 
 
 @app.command("list")
-def list_(profile: ProfileFile, json: Json = False) -> None:
-    """All keys of the consumer."""
-    keys = ask(profile, lambda client: client.list_keys())
-    if json:
-        output.document(keys)
-    else:
-        output.table(
-            "keys", ("id", "algorithm", "version", "state", "label"), [(k.id, k.algorithm, k.version, k.state, k.label) for k in keys]
-        )
+def list_(
+    profile: ProfileFile,
+    label: Annotated[str, typer.Option(help="Only keys whose label begins so.")] = "",
+    state: Annotated[str, typer.Option(help="Only keys of this state: enabled, disabled, deleted.")] = "",
+    algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="Only keys of this algorithm.")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many.", show_default=False)] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All of them, however many: what --json does by default.")] = False,
+    json: Json = False,
+) -> None:
+    """Keys of the consumer in the order of their creation; by --label in the order of labels."""
+    if everything and limit is not None:
+        raise Malformed("--all and --limit do not go together", "give one")
+    most = limit if limit is not None or everything or json else SHOWN
+    keys = ask(profile, lambda client: client.list_keys(limit=most, label=label, state=state, algorithm=algorithm))
+    _show_all(keys, as_json=json)
+    if not json and limit is None and len(keys) == most:
+        output.errors.print(f"the first {most}; all of them with: cipherfleet key list --all", markup=False)
 
 
 @app.command()
@@ -138,6 +173,33 @@ def from_pem(raw: bytes) -> bytes:
         return base64.b64decode(b"".join(line.strip() for line in lines[1:-1]), validate=True)
     except ValueError as exc:
         raise Malformed("this PEM cannot be read") from exc
+
+
+def read_keys(path: Path) -> list[NewKey]:
+    """A file of JSON lines. Raises ``Malformed``, which says which line, or ``FileProblem``."""
+    keys = []
+    for number, line in enumerate(read_small(None if str(path) == "-" else path, MAX_BATCH_FILE_BYTES).splitlines(), 1):
+        if line.strip():
+            one = codec.decode(line, _Line, what=f"line {number}")
+            keys.append(NewKey(one.algorithm, one.material, one.label, one.bare))
+    if not keys:
+        raise Malformed("there is no key in the batch")
+    return keys
+
+
+class _Line(msgspec.Struct, forbid_unknown_fields=True):
+    algorithm: str
+    material: bytes
+    label: str = ""
+    bare: bool = False
+
+
+def _show_all(keys: Sequence[KeyDescription], *, as_json: bool) -> None:
+    if as_json:
+        output.document(keys)
+        return
+    rows = [(key.id, key.algorithm, key.version, key.state, key.label) for key in keys]
+    output.table("keys", ("id", "algorithm", "version", "state", "label"), rows)
 
 
 def _show(key: KeyDescription, *, as_json: bool) -> None:

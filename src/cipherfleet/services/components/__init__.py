@@ -3,9 +3,12 @@
 ::
 
     POST /v1/keys                      KeyCreateRequest -> KeyDescription               create
+    POST /v1/keys/batch                KeysCreateRequest -> KeyListReply, all or none   create
     GET  /v1/import                    -> ImportTarget                                  create
     POST /v1/import                    KeyImportRequest -> KeyDescription               create
-    GET  /v1/keys, /v1/keys/{key}      -> KeyListReply, KeyDescription                  show
+    POST /v1/import/batch              KeysImportRequest -> KeyListReply, all or none   create
+    GET  /v1/keys                      -> KeyListReply (?limit=&after=&label=&state=&algorithm=)  show
+    GET  /v1/keys/{key}                -> KeyDescription                                show
     POST /v1/keys/{key}/rotate, enable, disable, delete  -> KeyDescription              manage
     POST /v1/keys/{key}/encrypt        plaintext -> ciphertext                          encrypt
     POST /v1/decrypt                   ciphertext -> plaintext                          decrypt

@@ -77,9 +77,9 @@ class Body:
             raise TooLarge(f"the request's body has more than {limit} bytes")
         return self.take(limit)
 
-    async def message(self, kind: type[T]) -> T:
-        """A JSON body. Raises ``Malformed`` or ``TooLarge``."""
-        return codec.decode(await self.whole(wire.MAX_JSON_BYTES), kind, what="the request's body")
+    async def message(self, kind: type[T], *, limit: int = wire.MAX_JSON_BYTES) -> T:
+        """A JSON body of at most ``limit`` bytes. Raises ``Malformed`` or ``TooLarge``."""
+        return codec.decode(await self.whole(limit), kind, what="the request's body")
 
 
 def header_bytes(request: web.Request, name: str, limit: int) -> bytes:

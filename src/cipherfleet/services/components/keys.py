@@ -10,8 +10,19 @@ from cipherfleet.contract.escrow import KeyState
 from cipherfleet.contract.ids import KeyId
 from cipherfleet.contract.statements import Right
 from cipherfleet.contract.vcc import CardDescription, Operation
-from cipherfleet.contract.vcm_api import ImportTarget, KeyCreateRequest, KeyDescription, KeyImportRequest, KeyListReply
+from cipherfleet.contract.vcm_api import (
+    MAX_KEYS_AT_ONCE,
+    ImportTarget,
+    KeyCreateRequest,
+    KeyDescription,
+    KeyImportRequest,
+    KeyListReply,
+    KeyQuery,
+    KeysCreateRequest,
+    KeysImportRequest,
+)
 from cipherfleet.services import wire
+from cipherfleet.services.components.bodies import whole_number
 from cipherfleet.services.components.routes import Routes, actor
 
 _STATES = {"enable": KeyState.ENABLED, "disable": KeyState.DISABLED, "delete": KeyState.DELETED}
@@ -22,6 +33,8 @@ class Keys:
         self._routes = routes
         routes.add("POST", "/v1/keys", (Right.CREATE,), self.create)
         routes.add("GET", "/v1/keys", (Right.SHOW,), self.list_keys)
+        routes.add("POST", "/v1/keys/batch", (Right.CREATE,), self.create_many)
+        routes.add("POST", "/v1/import/batch", (Right.CREATE,), self.import_many)
         routes.add("GET", "/v1/import", (Right.CREATE,), self.import_target)
         routes.add("POST", "/v1/import", (Right.CREATE,), self.import_key)
         routes.add("GET", "/v1/keys/{key}", (Right.SHOW,), self.describe)
@@ -46,8 +59,41 @@ class Keys:
             _check(request), request.sealed, label=request.label, actor=actor(call), bare=request.bare
         )
 
+    async def create_many(self, call: Call) -> KeyListReply:
+        """All of them, or none."""
+        request = await self._routes.body(call).message(KeysCreateRequest)
+        _check_count(len(request.labels))
+        for label in dict.fromkeys(request.labels):
+            _check(KeyCreateRequest(request.algorithm, label, request.bare))
+        made = await self._routes.host.keys.create_many(request.algorithm, request.labels, actor=actor(call), bare=request.bare)
+        return KeyListReply(tuple(made))
+
+    async def import_many(self, call: Call) -> KeyListReply:
+        """All of them, or none."""
+        request = await self._routes.body(call).message(KeysImportRequest, limit=wire.MAX_BATCH_BYTES)
+        _check_count(len(request.keys))
+        for key in request.keys:
+            _check(key)
+        return KeyListReply(tuple(await self._routes.host.keys.import_many(request.keys, actor=actor(call))))
+
     async def list_keys(self, call: Call) -> KeyListReply:
-        return KeyListReply(tuple(await self._routes.host.keys.list_keys()))
+        """A page of keys: ``?limit=&after=&label=&state=&algorithm=``."""
+        for name in call.request.query:
+            if name not in ("limit", "after", "label", "state", "algorithm"):
+                raise Malformed(f"keys are not listed by {name[:80]!r}")
+        state, name = call.query("state"), call.query("algorithm")
+        if state and state not in tuple(KeyState):
+            raise Malformed(f"a key is {', '.join(KeyState)}")
+        query = KeyQuery(
+            label=call.query("label"),
+            state=state,
+            algorithm=algorithm(name).name if name else "",
+            after=call.query("after"),
+            limit=whole_number(call.query("limit", "100"), "limit", 1, MAX_KEYS_AT_ONCE),
+        )
+        if len(query.label) > wire.MAX_LABEL_CHARACTERS:
+            raise Malformed(f"a label has at most {wire.MAX_LABEL_CHARACTERS} characters")
+        return await self._routes.host.keys.list_keys(query)
 
     async def describe(self, call: Call) -> KeyDescription:
         return await self._routes.host.keys.describe(call.path("key", KeyId))
@@ -60,6 +106,11 @@ class Keys:
             return await self._routes.host.keys.set_state(call.path("key", KeyId), state, actor=actor(call))
 
         return set_state
+
+
+def _check_count(count: int) -> None:
+    if not 1 <= count <= MAX_KEYS_AT_ONCE:
+        raise Malformed(f"a batch has 1 to {MAX_KEYS_AT_ONCE} keys, not {count}")
 
 
 def _check(request: KeyCreateRequest | KeyImportRequest) -> str:

@@ -49,7 +49,8 @@ class Routes:
         async def serve(call: Call) -> object:
             try:
                 await self._authorise(call, rights)
-                return await handler(call)
+                with self.host.keys.hold():
+                    return await handler(call)
             except ConnectionError:
                 return web.Response(status=499)  # nobody is there to read it
 

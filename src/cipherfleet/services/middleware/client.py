@@ -1,10 +1,11 @@
 """The Python client of a consumer's VCMs."""
 
+import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Self, TypeAlias
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from cipherfleet.contract.algorithms import Algorithm
 from cipherfleet.contract.errors import TooLarge
@@ -12,6 +13,7 @@ from cipherfleet.contract.ids import KeyId
 from cipherfleet.contract.kmc_api import AuditEntry, AuditLog
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.vcm_api import (
+    MAX_KEYS_AT_ONCE,
     DataKeyReply,
     EncapsulationReply,
     EndpointsReply,
@@ -20,16 +22,19 @@ from cipherfleet.contract.vcm_api import (
     KeyDescription,
     KeyImportRequest,
     KeyListReply,
+    KeysCreateRequest,
+    KeysImportRequest,
     SecretReply,
     SignatureReply,
 )
 from cipherfleet.services import wire
 from cipherfleet.services.middleware.connection import Connection, read_profile
-from cipherfleet.services.middleware.envelope import seal_material
+from cipherfleet.services.middleware.envelope import NewKey, seal_keys, seal_material
 from cipherfleet.services.middleware.sources import Bytes, Progress, Source, Upload
 from cipherfleet.services.middleware.targets import WholeFile, open_source
 
 TIMEOUT_S = 60.0
+MAX_KEY_OVERHEAD_BYTES = 4 * wire.MAX_LABEL_CHARACTERS + 256
 FilePath: TypeAlias = str | os.PathLike[str]
 
 
@@ -82,8 +87,63 @@ class Client:
         request = KeyImportRequest(algorithm, sealed, label, bare)
         return await self._connection.ask("POST", "/v1/import", KeyDescription, body=request, safe=False)
 
-    async def list_keys(self) -> tuple[KeyDescription, ...]:
-        return (await self._connection.ask("GET", "/v1/keys", KeyListReply)).keys
+    async def create_keys(
+        self, algorithm: str, labels: Sequence[str], *, bare: bool = False, done: Callable[[int], object] = lambda _: None
+    ) -> tuple[KeyDescription, ...]:
+        """A new key for each label, a thousand in one request; of each request all are made, or none.
+
+        ``done`` is called with the number of keys that are in the escrow so far.
+        """
+        made: list[KeyDescription] = []
+        for start in range(0, len(labels), MAX_KEYS_AT_ONCE):
+            request = KeysCreateRequest(algorithm, tuple(labels[start : start + MAX_KEYS_AT_ONCE]), bare)
+            made += (await self._connection.ask("POST", "/v1/keys/batch", KeyListReply, body=request, safe=False)).keys
+            done(len(made))
+        return tuple(made)
+
+    async def import_keys(self, keys: Sequence[NewKey], *, done: Callable[[int], object] = lambda _: None) -> tuple[KeyDescription, ...]:
+        """As ``import_key``, up to a thousand in one request; of each request all are there then, or none."""
+        made: list[KeyDescription] = []
+        while len(made) < len(keys):
+            target = await self._connection.ask("GET", "/v1/import", ImportTarget)
+            some = keys[len(made) : len(made) + MAX_KEYS_AT_ONCE]
+            sealed = await asyncio.to_thread(seal_keys, self.profile, target, some)
+            asked: list[KeyImportRequest] = []
+            size = 0
+            for key, one in zip(some, sealed, strict=True):
+                size += len(one) * 4 // 3 + MAX_KEY_OVERHEAD_BYTES
+                if asked and size > wire.MAX_BATCH_BYTES:
+                    break
+                asked.append(KeyImportRequest(key.algorithm, one, key.label, key.bare))
+            request = KeysImportRequest(tuple(asked))
+            made += (await self._connection.ask("POST", "/v1/import/batch", KeyListReply, body=request, safe=False)).keys
+            done(len(made))
+        return tuple(made)
+
+    async def key_page(self, *, limit: int = 100, after: str = "", label: str = "", state: str = "", algorithm: str = "") -> KeyListReply:
+        """A page of up to ``limit`` (1,000) keys, and in ``next`` where the following one begins: empty at the end.
+
+        All keys come in the order of their creation. ``label`` (its beginning), ``state`` and ``algorithm`` choose among them;
+        what is found then is checked, but only the list of all keys is sure to be complete.
+        """
+        asked = {"limit": str(limit), "after": after, "label": label, "state": state, "algorithm": algorithm}
+        query = urlencode({name: value for name, value in asked.items() if value})
+        return await self._connection.ask("GET", f"/v1/keys?{query}", KeyListReply)
+
+    async def list_keys(
+        self, *, limit: int | None = None, label: str = "", state: str = "", algorithm: str = ""
+    ) -> tuple[KeyDescription, ...]:
+        """All keys, or the first ``limit`` of them; see ``key_page``."""
+        found: list[KeyDescription] = []
+        after = ""
+        while limit is None or len(found) < limit:
+            count = MAX_KEYS_AT_ONCE if limit is None else min(MAX_KEYS_AT_ONCE, limit - len(found))
+            page = await self.key_page(limit=count, after=after, label=label, state=state, algorithm=algorithm)
+            found += page.keys
+            after = page.next
+            if not after:
+                break
+        return tuple(found)
 
     async def describe_key(self, key: str) -> KeyDescription:
         return await self._connection.ask("GET", _path(key), KeyDescription)

@@ -116,6 +116,9 @@ class SyncClient:
 
     create_key = _Call(Client.create_key)
     import_key = _Call(Client.import_key)
+    create_keys = _Call(Client.create_keys)
+    import_keys = _Call(Client.import_keys)
+    key_page = _Call(Client.key_page)
     list_keys = _Call(Client.list_keys)
     describe_key = _Call(Client.describe_key)
     rotate_key = _Call(Client.rotate_key)

@@ -27,7 +27,18 @@ from cipherfleet.channel.certificates import (
 from cipherfleet.channel.frames import Frames
 from cipherfleet.channel.server import Call, Server
 from cipherfleet.contract.errors import ServiceOff, StateConflict, TokenStale
-from cipherfleet.contract.escrow import EscrowRow, LogEntry, Seen, StatementEntry, extend, genesis, row_digest, statement_digest
+from cipherfleet.contract.escrow import (
+    EscrowRow,
+    KeyAttributes,
+    LogEntry,
+    Seen,
+    StatementEntry,
+    decode_attributes,
+    extend,
+    genesis,
+    row_digest,
+    statement_digest,
+)
 from cipherfleet.contract.identities import Identity, Peer, Role
 from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, Serial, VcmId
 from cipherfleet.contract.kmc_api import (
@@ -43,6 +54,8 @@ from cipherfleet.contract.kmc_api import (
     EscrowChanged,
     EscrowReceipt,
     EscrowWrite,
+    KeySearch,
+    KeysFound,
     LeaseGranted,
     LeaseWanted,
     LogPage,
@@ -96,6 +109,8 @@ class FakeConsumer:
         self.calls: list[str] = []
         self.page = 100
         """Entries or rows in one answer."""
+        self.found: tuple[KeyId, ...] | None = None
+        """What a search finds, instead of what there is."""
         self.unasked: set[tuple[KeyId, int]] = set()
         """Rows that come whether they are asked for or not."""
         self.sequence = 0
@@ -120,6 +135,9 @@ class FakeConsumer:
                 answer = RowsReply(tuple(row for name, row in self.rows.items() if name in named))
             case "GET", "/v1/escrow/rows":
                 answer = self.rows_page(asked)
+            case "POST", "/v1/escrow/search":
+                assert isinstance(body, KeySearch)
+                answer = KeysFound(self.found if self.found is not None else self.search(body))
             case "POST", "/v1/escrow/statements":
                 assert isinstance(body, StatementsRequest)
                 answer = StatementsReply(tuple(entry for entry in self.statements.values() if entry.name in body.names))
@@ -137,6 +155,10 @@ class FakeConsumer:
         entries = tuple(self.log[after : after + self.page])
         checkpoint = signed(CheckpointStatement(self.name, EPOCH, len(self.log), self.head()), self.kmc_key)
         return LogPage(entries, checkpoint if after + len(entries) >= len(self.log) else None)
+
+    def search(self, wanted: KeySearch) -> tuple[KeyId, ...]:
+        of_key = {key: decode_attributes(row) for (key, version), row in self.rows.items() if version == 0}
+        return tuple(key for key, made in of_key.items() if isinstance(made, KeyAttributes) and made.label.startswith(wanted.label))
 
     def rows_page(self, after: str) -> RowsReply:
         key, _, version = after.partition("/")
@@ -264,6 +286,7 @@ class FakeKmc:
         self.server.route("POST", "/v1/escrow", {Role.VCM}, self._escrow)
         self.server.route("POST", "/v1/escrow/rows", {Role.VCM}, self._escrow)
         self.server.route("GET", "/v1/escrow/rows", {Role.VCM}, self._escrow)
+        self.server.route("POST", "/v1/escrow/search", {Role.VCM}, self._escrow)
         self.server.route("POST", "/v1/escrow/statements", {Role.VCM}, self._escrow)
         self.server.route("GET", "/v1/audit", {Role.VCM}, self._escrow)
         self.server.route("GET", "/v1/vcm", {Role.VCM}, self._vcm)
@@ -359,6 +382,7 @@ class FakeKmc:
         asks: dict[str, Any] = {
             "POST /v1/escrow": EscrowWrite,
             "POST /v1/escrow/rows": RowsRequest,
+            "POST /v1/escrow/search": KeySearch,
             "POST /v1/escrow/statements": StatementsRequest,
         }
         reply: Any = {
@@ -366,6 +390,7 @@ class FakeKmc:
             "POST /v1/escrow": EscrowReceipt,
             "POST /v1/escrow/rows": RowsReply,
             "GET /v1/escrow/rows": RowsReply,
+            "POST /v1/escrow/search": KeysFound,
             "POST /v1/escrow/statements": StatementsReply,
             "GET /v1/audit": AuditLog,
         }[route]

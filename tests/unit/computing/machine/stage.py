@@ -27,7 +27,7 @@ from cipherfleet.contract.machine_api import Isolation
 from cipherfleet.contract.messages import Chain, Done
 from cipherfleet.contract.settings import Settings
 from cipherfleet.contract.statements import Right, Signed
-from cipherfleet.contract.vcc import LeaseState, Operation
+from cipherfleet.contract.vcc import LeaseState, Operation, VccLimits
 from cipherfleet.contract.vcm import VcmHost
 from tests.unit.computing.machine.fake_kmc import FakeConsumer, FakeKmc
 
@@ -67,6 +67,11 @@ class CardOfTests:
         await card.submit(Operation.LOAD_CMK, parameters=codec.encode(delivered))
         await self.renew(card, vcm, consumer)
         return card
+
+    def limit_keys(self, most: int) -> None:
+        """Of each vCC, from now on."""
+        for vcm in list(self.server._vccs):
+            self.server.limit(vcm, VccLimits(keys=most))
 
     async def renew(self, card: RingCard, vcm: VcmId, consumer: FakeConsumer, duration_ms: int = 6000) -> LeaseState:
         nonce = (await card.submit(Operation.LEASE_NONCE)).data

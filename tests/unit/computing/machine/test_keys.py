@@ -1,6 +1,7 @@
 """The consumer's keys in a VCM: a real card, and an escrow that can be told to misbehave."""
 
 import asyncio
+import contextvars
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,6 +17,7 @@ from cipherfleet.computing.vcm_escrow import Escrow
 from cipherfleet.computing.vcm_keys import Keys
 from cipherfleet.contract.errors import (
     AlgorithmUnknown,
+    BadInput,
     CheckpointForged,
     CipherfleetError,
     EscrowRolledBack,
@@ -25,6 +27,7 @@ from cipherfleet.contract.errors import (
     KeyDisabled,
     KeyUnknown,
     KmcUnavailable,
+    LimitReached,
     SealedForeign,
     ServiceOff,
     StateConflict,
@@ -36,6 +39,7 @@ from cipherfleet.contract.kmc_api import EscrowReceipt, LogPage, RowsReply
 from cipherfleet.contract.statements import CheckpointStatement
 from cipherfleet.contract.vcc import CardDescription, KeyMaterial, Operation, StreamRequest, Verb
 from cipherfleet.contract.vcm import KeyStore
+from cipherfleet.contract.vcm_api import KeyDescription, KeyImportRequest, KeyQuery
 from tests.unit.computing.machine.fake_kmc import EPOCH, FakeConsumer, FakeKmc, signed
 from tests.unit.computing.machine.stage import CardOfTests
 
@@ -52,9 +56,10 @@ class Store:
     keys: Keys
 
     async def encrypt(self, key: KeyId, data: bytes) -> bytes:
-        use = await self.keys.use(key)
-        request = codec.encode(StreamRequest(Verb.ENCRYPT))
-        return (await self.card.submit(Operation.RUN, handle=use.handle, parameters=request, data=data)).data
+        with self.keys.hold():
+            use = await self.keys.use(key)
+            request = codec.encode(StreamRequest(Verb.ENCRYPT))
+            return (await self.card.submit(Operation.RUN, handle=use.handle, parameters=request, data=data)).data
 
     async def decrypt(self, key: KeyId, version: int, ciphertext: bytes) -> bytes:
         use = await self.keys.use(key, version=version)
@@ -97,6 +102,17 @@ async def store(world: World) -> Store:
     return await world.store()
 
 
+async def listed(keys: Keys, query: KeyQuery = KeyQuery()) -> list[KeyDescription]:  # noqa: B008
+    """All pages."""
+    found: list[KeyDescription] = []
+    while True:
+        page = await keys.list_keys(query)
+        found += page.keys
+        if not page.next:
+            return found
+        query = msgspec.structs.replace(query, after=page.next)
+
+
 def test_it_is_a_key_store(store: Store) -> None:
     port: KeyStore = store.keys
     assert port is store.keys
@@ -117,14 +133,17 @@ async def test_a_created_key_is_in_the_escrow_when_it_is_acknowledged(store: Sto
     assert store.escrow.seen == Seen(EPOCH, 2, store.consumer.head())
     assert await store.decrypt(made.id, 1, await store.encrypt(made.id, b"hello")) == b"hello"
     assert await store.keys.describe(made.id) == made
-    assert list(await store.keys.list_keys()) == [made]
+    assert await listed(store.keys) == [made]
 
 
-async def test_a_signature_keys_public_key_is_shown(store: Store) -> None:
+async def test_a_signature_keys_public_key_is_shown(world: World, store: Store) -> None:
     made = await store.keys.create("Ed25519", label="", actor="a")
     assert len(made.public_key) == 44  # RFC 8410: 12 bytes of header, 32 of key
-    store.keys._handles.clear()
+    store.keys._handles.forget()
     assert (await store.keys.describe(made.id)).public_key == made.public_key
+    other = await world.store()
+    assert (await other.keys.describe(made.id)).public_key == made.public_key
+    assert (await describe(other)).keys == 1  # loaded, so that the card has checked it
 
 
 async def test_an_imported_key_is_in_the_escrow_and_says_what_it_is(world: World, store: Store) -> None:
@@ -150,7 +169,7 @@ async def test_what_is_no_kind_of_key_is_refused(store: Store, name: str, error:
 
 async def test_before_the_escrow_is_loaded_there_is_no_service(world: World) -> None:
     store = await world.store(load=False)
-    for work in (store.keys.create("AES-256-GCM", label="", actor="a"), store.keys.use(new_key_id()), store.keys.list_keys()):
+    for work in (store.keys.create("AES-256-GCM", label="", actor="a"), store.keys.use(new_key_id()), store.keys.list_keys(KeyQuery())):
         with pytest.raises(ServiceOff):
             await work
 
@@ -164,7 +183,7 @@ async def test_a_key_that_the_escrow_did_not_take_is_not_there(store: Store, mon
         patch.setattr(store.consumer, "call", unreachable)
         with pytest.raises(KmcUnavailable):
             await store.keys.create("AES-256-GCM", label="", actor="a")
-    assert await store.keys.list_keys() == []
+    assert await listed(store.keys) == []
     assert (await describe(store)).keys == before
 
 
@@ -217,7 +236,7 @@ async def test_a_deleted_key_stays_deleted_and_leaves_the_card(store: Store) -> 
         await store.keys.set_state(made.id, KeyState.ENABLED, actor="a")
     with pytest.raises(KeyDeleted):
         await store.keys.rotate(made.id, actor="a")
-    assert [d.state for d in await store.keys.list_keys()] == ["deleted"]
+    assert [d.state for d in await listed(store.keys)] == ["deleted"]
 
 
 async def test_handles_are_loaded_when_needed_and_once(world: World, store: Store) -> None:
@@ -250,7 +269,7 @@ async def test_of_two_changes_at_once_the_second_is_made_on_top_of_the_first(wor
     assert rotated.version == 3
     await other.keys.create("AES-256-GCM", label="in between", actor="b")
     await store.keys.create("AES-256-GCM", label="after", actor="a")  # the receipt does not continue what was seen
-    assert len(await store.keys.list_keys()) == 3
+    assert len(await listed(store.keys)) == 3
 
 
 async def test_whoever_is_beaten_twice_is_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,6 +301,109 @@ async def test_asking_for_unknown_keys_does_not_flood_the_escrow(store: Store) -
     results = await asyncio.gather(*(store.keys.use(new_key_id()) for _ in range(50)), return_exceptions=True)
     assert all(isinstance(r, KeyUnknown) for r in results)
     assert len(store.consumer.calls) <= 2
+
+
+# -- many keys ---------------------------------------------------------------------------------------------------------
+
+
+async def test_many_at_once_are_all_there(world: World, store: Store) -> None:
+    loaded = (await describe(store)).keys
+    made = await store.keys.create_many("aes-256-gcm", [f"key {n}" for n in range(100)], actor="a")
+    assert [key.label for key in made] == [f"key {n}" for n in range(100)]
+    assert store.consumer.calls.count("POST /v1/escrow") == 1
+    assert (await describe(store)).keys == loaded  # a key is loaded when it is used
+    assert await listed(store.keys) == made
+    other = await world.store()
+    assert await listed(other.keys) == made
+    assert await other.decrypt(made[7].id, 1, await store.encrypt(made[7].id, b"hello")) == b"hello"
+    signers = await store.keys.create_many("Ed25519", ["", ""], actor="a")
+    assert len({key.public_key for key in signers}) == 2
+
+
+async def test_of_many_none_is_there_when_one_is_wrong(world: World, store: Store) -> None:
+    vcm = codec.decode((await store.card.submit(Operation.DESCRIBE)).parameters, CardDescription)
+    card = TrustedCard(vcm.card, world.card.card.transport.hpke_public_key)
+    material = codec.encode(KeyMaterial(store.consumer.name, "AES-256-GCM", bytes(range(32))))
+    good = KeyImportRequest("AES-256-GCM", card.seal(material, import_info(vcm.card, vcm.vcm)), "mine")
+    loaded = vcm.keys
+    with pytest.raises(SealedForeign):
+        await store.keys.import_many([good] * 5 + [msgspec.structs.replace(good, sealed=b"x" * 2000)] + [good] * 5, actor="a")
+    with pytest.raises(AlgorithmUnknown):
+        await store.keys.import_many([good, msgspec.structs.replace(good, algorithm="ROT13")], actor="a")
+    assert not store.consumer.rows
+    assert (await describe(store)).keys == loaded
+    made = await store.keys.import_many([good] * 3, actor="a")
+    assert [(key.imported, key.label) for key in made] == [(True, "mine")] * 3
+    assert len({key.id for key in made}) == 3
+
+
+async def test_pages_are_in_the_order_of_creation_and_whole(world: World, store: Store) -> None:
+    made = await store.keys.create_many("AES-256-GCM", [str(n) for n in range(7)], actor="a")
+    first = await store.keys.list_keys(KeyQuery(limit=3))
+    assert [key.label for key in first.keys] == ["0", "1", "2"]
+    made.append(await store.keys.create("AES-256-GCM", label="new", actor="a"))
+    await store.keys.set_state(made[4].id, KeyState.DELETED, actor="a")
+    rest = await listed((await world.store()).keys, KeyQuery(limit=3, after=first.next))  # any VCM goes on
+    assert [key.label for key in rest] == ["3", "4", "5", "6", "new"]
+    exact = await store.keys.list_keys(KeyQuery(limit=8))
+    assert (len(exact.keys), exact.next) == (8, "")
+    assert await listed(store.keys, KeyQuery(limit=1)) == await listed(store.keys)
+
+
+@pytest.mark.parametrize("after", ["x", "!", "W10=", codec.encode(("1", -1)).hex(), "WyIyIiwzXQ==", "WyIxIiwtMV0=", "A" * 4096])
+async def test_a_token_that_is_none_of_ours(store: Store, after: str) -> None:
+    with pytest.raises(BadInput):
+        await store.keys.list_keys(KeyQuery(after=after))
+
+
+async def test_what_the_index_finds_is_a_hint(store: Store) -> None:
+    """The KMC's index may name too much or lag behind; what a key is, its row says."""
+    made = await store.keys.create_many("AES-256-GCM", ["shop/a", "shop/b", "billing"], actor="a")
+    found = [key.id for key in await listed(store.keys, KeyQuery(label="shop/"))]
+    assert found == [made[0].id, made[1].id]
+    store.consumer.found = (*(key.id for key in made), new_key_id())
+    assert [key.id for key in await listed(store.keys, KeyQuery(label="shop/"))] == found
+    assert await listed(store.keys, KeyQuery(state="disabled")) == []
+    assert await listed(store.keys, KeyQuery(algorithm="Ed25519")) == []
+    assert len(await listed(store.keys, KeyQuery(state="enabled", algorithm="AES-256-GCM"))) == 3
+
+
+async def test_whoever_was_idle_longest_makes_room(world: World, store: Store) -> None:
+    made = await store.keys.create_many("AES-256-GCM", [""] * 50, actor="a")
+    world.card.limit_keys(40)
+    uses = [await store.keys.use(key.id) for key in made]
+    assert (await describe(store)).keys <= 40
+    assert len({use.handle for use in uses}) == 50
+    assert await store.encrypt(made[0].id, b"hello")
+    with store.keys.hold():
+        held = [await store.keys.use(key.id) for key in made[:40]]
+        with pytest.raises(LimitReached):
+            await store.keys.use(made[45].id)
+        for use in held:
+            await store.card.submit(Operation.RUN, handle=use.handle, parameters=codec.encode(StreamRequest(Verb.ENCRYPT)), data=b"x")
+    assert (await store.keys.use(made[45].id)).version == 1
+
+
+async def test_a_stream_keeps_its_key(world: World, store: Store) -> None:
+    made = await store.keys.create_many("AES-256-GCM", [""] * 80, actor="a")
+    world.card.limit_keys(40)
+    with store.keys.hold():
+        use = await store.keys.use(made[0].id)
+        begun = await store.card.submit(Operation.BEGIN, handle=use.handle, parameters=codec.encode(StreamRequest(Verb.ENCRYPT)))
+        others = [asyncio.create_task(store.encrypt(key.id, b"x"), context=contextvars.Context()) for key in made[1:]]
+        outcomes = await asyncio.gather(*others, return_exceptions=True)
+        assert all(isinstance(outcome, (bytes, LimitReached)) for outcome in outcomes)  # 79 at once in room for 39
+        assert sum(isinstance(outcome, bytes) for outcome in outcomes) >= 39
+        done = await store.card.submit(Operation.FINISH, handle=begun.value, data=b"the end")
+        assert len(done.data) == 7 + 16
+
+
+async def test_a_small_cache_serves_all_the_same(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store.escrow._cache, "_limit", 4000)
+    made = await store.keys.create_many("AES-256-GCM", [str(n) for n in range(50)], actor="a")
+    assert len(store.escrow._cache) < 20
+    assert await listed(store.keys, KeyQuery(limit=7)) == made
+    assert len(await asyncio.gather(*(store.encrypt(key.id, b"x") for key in made))) == 50
 
 
 # -- an escrow that lies -----------------------------------------------------------------------------------------------
@@ -338,7 +460,7 @@ async def test_rows_that_lie_are_refused_until_good_ones_come(world: World, lie:
     victim = await store.keys.create("AES-256-GCM", label="", actor="a")
     log, rows = list(store.consumer.log), dict(store.consumer.rows)
     store.escrow._cache.clear()
-    store.keys._handles.clear()
+    store.keys._handles.forget()
     lie(store.consumer, victim.id)
     with pytest.raises(error):
         await store.keys.refresh()  # of a history that was rewritten this is all
@@ -386,7 +508,7 @@ async def test_all_rows_are_looked_at_once(world: World) -> None:
     assert swept == [False, True]
     assert calls.count("GET /v1/escrow/rows") == 1 + 3  # the first VCM's, of nothing; eight rows are three pages
     calls.clear()
-    assert [key.id for key in await other.keys.list_keys()] == [key.id for key in made]
+    assert [key.id for key in await listed(other.keys)] == [key.id for key in made]
     assert calls == []
 
 

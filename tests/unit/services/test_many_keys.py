@@ -1,0 +1,98 @@
+"""Many keys by the network: batches that are made whole or not at all, pages, and what is wrong with the asking."""
+
+import os
+
+import aiohttp
+import pytest
+
+from cipherfleet import Client
+from cipherfleet.contract.errors import AlgorithmUnknown, KeyMaterialInvalid, Malformed, WrongKeyType
+from cipherfleet.contract.vcc import Operation
+from cipherfleet.services import wire
+from cipherfleet.services.middleware.envelope import NewKey
+from tests.unit.services.stage import Stage
+
+
+async def test_many_are_made_at_once(stage: Stage, client: Client) -> None:
+    told: list[int] = []
+    labels = [f"k{number}" for number in range(1050)]
+    made = await client.create_keys("aes-256-gcm", labels, done=told.append)
+    assert told == [1000, 1050]
+    assert [key.label for key in made] == labels
+    assert {key.algorithm for key in made} == {"AES-256-GCM"}
+    assert [key.id for key in await client.list_keys()] == [key.id for key in made]
+    assert await client.decrypt(await client.encrypt(made[3].id, b"hello")) == b"hello"
+
+
+async def test_many_are_brought_at_once(stage: Stage, client: Client) -> None:
+    told: list[int] = []
+    materials = [os.urandom(32) for _ in range(20)]
+    made = await client.import_keys([NewKey("HMAC-SHA-256", material, f"m{n}") for n, material in enumerate(materials)], done=told.append)
+    assert told == [20]
+    assert [(key.label, key.imported) for key in made] == [(f"m{n}", True) for n in range(20)]
+    assert stage.host.card.operations.count(Operation.IMPORT) == 20
+
+
+async def test_a_batch_that_is_too_long_for_a_request_is_two(stage: Stage, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "MAX_BATCH_BYTES", 16_000)
+    told: list[int] = []
+    made = await client.import_keys([NewKey("AES-256-GCM", bytes(32))] * 12, done=told.append)
+    assert len(told) > 1
+    assert len(made) == told[-1] == 12
+
+
+async def test_of_a_batch_that_is_wrong_nothing_is_made(stage: Stage, client: Client) -> None:
+    good = NewKey("AES-256-GCM", bytes(32))
+    for wrong, error in (
+        (NewKey("ROT13", bytes(32)), AlgorithmUnknown),
+        (NewKey("SHA-256", bytes(32)), WrongKeyType),
+        (NewKey("AES-256-GCM", bytes(31)), KeyMaterialInvalid),
+        (NewKey("AES-256-GCM", bytes(32), "two\nlines"), Malformed),
+    ):
+        with pytest.raises(error):
+            await client.import_keys([good, wrong, good])
+    with pytest.raises(Malformed):
+        await client.create_keys("AES-256-GCM", ["good", "x" * 257])
+    assert await client.list_keys() == ()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/keys/batch", {"algorithm": "AES-256-GCM", "labels": []}),
+        ("/v1/keys/batch", {"algorithm": "AES-256-GCM", "labels": [""] * 1001}),
+        ("/v1/import/batch", {"keys": []}),
+        ("/v1/import/batch", {"keys": [{"algorithm": "AES-256-GCM", "sealed": ""}] * 1001}),
+    ],
+)
+async def test_no_batch_is_empty_or_too_long(raw: aiohttp.ClientSession, path: str, body: object) -> None:
+    async with raw.post(path, json=body) as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (400, "malformed")
+
+
+async def test_pages(client: Client) -> None:
+    made = await client.create_keys("AES-256-GCM", ["shop/a", "shop/b", "billing", "", ""])
+    signer = await client.create_key("Ed25519", label="shop/c")
+    await client.disable_key(made[0].id)
+    page = await client.key_page(limit=4)
+    assert [key.id for key in page.keys] == [key.id for key in made[:4]]
+    rest = await client.key_page(limit=4, after=page.next)
+    assert ([key.id for key in rest.keys], rest.next) == ([made[4].id, signer.id], "")
+    assert len(await client.list_keys(limit=5)) == 5
+    assert [key.label for key in await client.list_keys(label="shop/")] == ["shop/a", "shop/b", "shop/c"]
+    assert [key.id for key in await client.list_keys(algorithm="ed25519")] == [signer.id]
+    assert [key.id for key in await client.list_keys(state="disabled", label="shop")] == [made[0].id]
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["limit=0", "limit=1001", "limit=x", "limit=-1", "after=x", "after=W10=", "state=lost", "colour=red", "label=" + "x" * 257],
+)
+async def test_wrong_questions(raw: aiohttp.ClientSession, query: str) -> None:
+    async with raw.get(f"/v1/keys?{query}") as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (400, "malformed")
+
+
+async def test_an_algorithm_that_is_none(client: Client) -> None:
+    with pytest.raises(AlgorithmUnknown):
+        await client.list_keys(algorithm="ROT13")
