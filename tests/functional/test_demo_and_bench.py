@@ -159,3 +159,13 @@ def test_isolation_says_what_a_flood_costs_and_how_equals_share(only_here: Path)
     }
     assert 0.5 < value["share of equals"] < 2
     assert 1.5 < value["share of weight 3"] < 6
+
+
+def test_many_keys_are_measured_beside_few(only_here: Path) -> None:
+    told = said("keys")
+    measured = {(r["operation"], r["where"]) for r in told["rows"]}
+    for operation in ("list page", "describe", "encrypt", "find by label", "start of a VCM", "import of a batch"):
+        assert {(operation, "100 keys"), (operation, "3000 keys")} <= measured
+    ratios = {(r["ratio"], r["operation"]): r["value"] for r in told["ratios"]}
+    assert 0 < ratios["3000 keys/100 keys, p50_us", "describe"] < 10
+    assert len(ratios) == 10

@@ -139,9 +139,10 @@ class Keys:
             await self._escrow.refresh()
             keys = [key for key in keys if self._escrow.has(key, 0)]
         await self._escrow.rows([RowName(key, version) for key in keys for version in self._first_and_newest(key)])
-        described: list[KeyDescription] = []
-        for start in range(0, len(keys), AT_ONCE):
-            described += await asyncio.gather(*(self.describe(key) for key in keys[start : start + AT_ONCE]))
+        unseen = [key for key in keys if not self._escrow.sealed(key, 0)]
+        for start in range(0, len(unseen), AT_ONCE):
+            await asyncio.gather(*(self._attributes(key) for key in unseen[start : start + AT_ONCE]))
+        described = [await self.describe(key) for key in keys]
         if not query.everything:
             described = [one for one in described if fits(query, one)]
         return KeyListReply(tuple(described), after)

@@ -8,6 +8,7 @@ import typer
 from cipherfleet.app import output
 from cipherfleet.app.bench import figure8 as figure
 from cipherfleet.app.bench import isolation as beside
+from cipherfleet.app.bench import keys as many
 from cipherfleet.app.bench import network as over
 from cipherfleet.app.bench import picture, samples
 from cipherfleet.app.bench.lifecycle import LAUNCHERS, cost
@@ -19,7 +20,7 @@ from cipherfleet.app.wiring import Cloud
 from cipherfleet.channel import codec
 from cipherfleet.contract.errors import FileProblem
 
-app = typer.Typer(help="Benchmarks on a temporary cloud or card: network, lifecycle, figure8, isolation.", no_args_is_help=True)
+app = typer.Typer(help="Benchmarks on a temporary cloud or card: network, lifecycle, keys, figure8, isolation.", no_args_is_help=True)
 
 MACHINE_VCMS = 60
 
@@ -72,6 +73,13 @@ async def _lifecycle(runs: int, most: int) -> tuple[list[Row], list[Row]]:
         if where == "bubblewrap"
     ]
     return rows, ratios
+
+
+@app.command()
+def keys(quick: Quick = False, json: Json = False) -> None:
+    """Lists, lookups and encryption in a consumer of 100,000 keys (--quick: 3,000) against one of 100, in the same run."""
+    plan = many.QUICK if quick else many.FULL
+    report("keys", run(on_a_cloud(lambda cloud, folder, say: many.keys(cloud, folder, plan, say))), as_json=json)
 
 
 @app.command()
