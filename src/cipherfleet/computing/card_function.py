@@ -7,6 +7,7 @@ on keys happens under a lease that is checked before and after it; what came out
 import hmac
 import logging
 import secrets
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +24,7 @@ from cipherfleet.computing.engine_bare import Single
 from cipherfleet.computing.engine_memory import Data, Pause, no_pause, wipe
 from cipherfleet.computing.engine_message import Decryptor, Encryptor
 from cipherfleet.computing.engine_stream import Stream, open_stream, run_batch
+from cipherfleet.contract import policy
 from cipherfleet.contract.algorithms import Algorithm, Kind, algorithm
 from cipherfleet.contract.errors import (
     CipherfleetError,
@@ -66,6 +68,9 @@ LONG_BYTES = 32 * 1024
 """Of more data the work is worth a change of threads."""
 WAITING_S = 30.0
 """A CMK that no lease follows is dropped again after this time."""
+
+_PROCESSING = frozenset({Verb.DECRYPT, Verb.REENCRYPT, Verb.VERIFY, Verb.VERIFY_MAC, Verb.DECAPSULATE})
+"""What makes nothing new: a policy may allow it where it refuses the rest (SP 800-131A)."""
 
 log = logging.getLogger(__name__)
 
@@ -114,10 +119,11 @@ class VirtualFunction:
         certified: Callable[[], CardReply | None],
         clock: Callable[[], float] = boottime,
         deliveries: card_chain.Deliveries | None = None,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.card, self.vcm, self.consumer = card, vcm, consumer
         self.operations = self.bytes = 0
-        self._transport, self._certified, self._clock = transport, certified, clock
+        self._transport, self._certified, self._clock, self._wall_clock = transport, certified, clock, wall_clock
         self._lease = Lease(consumer, card, vcm, clock)
         self._chain: KeyChain | None = None
         self._fingerprint = b""  # of the one CMK that this vCC takes in its life
@@ -290,6 +296,7 @@ class VirtualFunction:
                     self.serving,
                     *seen,
                     kmc_signing_key=b"" if chain is None else chain.kmc_key,
+                    policy=self._lease.policy,
                     operations=self.operations,
                     bytes=self.bytes,
                     keys=len(self._keys),
@@ -391,7 +398,9 @@ class VirtualFunction:
             raise WrongKeyType(f"there are no keys of {chosen.name}")
         if attributes.bare and chosen.kind is not Kind.AEAD and not chosen.bare_only:
             raise WrongKeyType(f"a key of {chosen.name} encrypts nothing, so it cannot be bare")
-        return msgspec.structs.replace(attributes, imported=imported, bare=attributes.bare or chosen.bare_only), chosen
+        bare = attributes.bare or chosen.bare_only
+        policy.check(self._lease.policy, chosen, bare=bare, imported=imported)
+        return msgspec.structs.replace(attributes, imported=imported, bare=bare), chosen
 
     def _make(self, row: RowRequest, attributes: VersionAttributes, chosen: Algorithm, material: Callable[[], bytearray]) -> Answer | Work:
         def keep(made: bytearray) -> Answer:
@@ -403,7 +412,7 @@ class VirtualFunction:
             except BaseException:
                 wipe(made)
                 raise
-            key = Key(row.key, row.version, chosen, made, bare=whole.bare)
+            key = Key(row.key, row.version, chosen, made, whole)
             return Answer(value=self._keys.add(key), parameters=codec.encode(wrapped))
 
         return Work(lambda _: material(), keep, self._life, alone=True, lasting=True) if engine.is_slow(chosen) else keep(material())
@@ -418,7 +427,7 @@ class VirtualFunction:
         except BaseException:
             wipe(material)
             raise
-        return Answer(value=self._keys.add(Key(row.key, row.version, chosen, material, bare=attributes.bare)))
+        return Answer(value=self._keys.add(Key(row.key, row.version, chosen, material, attributes)))
 
     def _unload(self, request: Request) -> Answer:
         self._streams.end_those_of(request.handle)
@@ -455,6 +464,7 @@ class VirtualFunction:
         if not 16 <= wanted.length <= 64:
             raise Malformed("a data key has 16 to 64 bytes")
         key = self._keys.get(request.handle)
+        self._permit(key)
         self._keys.count_message(key)
         encryptor = Encryptor(key, wanted.context)
         fresh = secrets.token_bytes(wanted.length)
@@ -476,9 +486,13 @@ class VirtualFunction:
     def _keys_of(self, wanted: StreamRequest, handle: int) -> tuple[Key | None, Key | None]:
         """The key of a request, and the one that a re-encryption goes to; a message more is counted under who encrypts it."""
         if wanted.verb is Verb.DIGEST:
+            policy.check(self._lease.policy, algorithm(wanted.digest))
             return None, None
         key = self._keys.get(handle)
+        self._permit(key, protect=wanted.verb not in _PROCESSING)
         target = self._keys.get(wanted.target) if wanted.verb is Verb.REENCRYPT else None
+        if target is not None:
+            self._permit(target)
         if wanted.verb is Verb.ENCRYPT or target is not None:
             self._keys.count_message(target or key)
         return key, target
@@ -488,6 +502,13 @@ class VirtualFunction:
             return self._keys_of(item.request, item.handle)
         except CipherfleetError as exc:
             return exc
+
+    def _permit(self, key: Key, *, protect: bool = True) -> None:
+        """Raises ``PolicyRefused``."""
+        rules = self._lease.policy
+        if rules is not policy.INTERNATIONAL:
+            age_s = self._wall_clock() - key.created_at
+            policy.check(rules, key.algorithm, protect=protect, bare=key.bare, imported=key.imported, age_s=age_s)
 
     def _begin(self, request: Request) -> Answer:
         self._streams.check_room()

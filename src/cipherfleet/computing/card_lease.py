@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from cipherfleet.channel import signing
 from cipherfleet.contract.errors import LeaseExpired, LeaseForeign, LeaseForged, LeaseReplayed, LeaseStale, ServiceOff, StatementForged
 from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
+from cipherfleet.contract.policy import INTERNATIONAL
 from cipherfleet.contract.statements import LeaseStatement, Signed
 from cipherfleet.contract.vcc import LeaseState
 
@@ -34,6 +35,8 @@ class Lease:
         self._outstanding: OrderedDict[bytes, float] = OrderedDict()
         self._newest = float("-inf")
         self.expires_at: float | None = None
+        self.policy = INTERNATIONAL
+        """What the lease in force permits."""
 
     def nonce(self) -> bytes:
         """A fresh nonce (16 bytes); of more than 8 unused ones the oldest is forgotten."""
@@ -71,7 +74,9 @@ class Lease:
             raise LeaseStale("the lease arrived after its end")
         del self._outstanding[statement.nonce]
         self._newest, self.expires_at = made_at, expires_at
-        return LeaseState(expires_at, expires_at - now, statement.epoch, statement.sequence, statement.head)
+        if statement.policy != self.policy:
+            self.policy = statement.policy
+        return LeaseState(expires_at, expires_at - now, statement.epoch, statement.sequence, statement.head, self.policy)
 
     @property
     def serving(self) -> bool:

@@ -12,6 +12,7 @@ from cipherfleet.computing.engine_keys import PrivateKey
 from cipherfleet.computing.engine_memory import Data, wipe
 from cipherfleet.contract.algorithms import Algorithm, Kind, algorithm
 from cipherfleet.contract.errors import Internal, KeyMaterialInvalid, Malformed, TooLarge, WrongKeyType
+from cipherfleet.contract.escrow import VersionAttributes
 from cipherfleet.contract.ids import KeyId
 
 DIGESTS: dict[str, hashes.HashAlgorithm] = {
@@ -107,10 +108,14 @@ def public_key(chosen: Algorithm, material: Data) -> bytes:
 class Key:
     """One version of a key, usable: ``secret`` (wiped by ``close``) or ``private`` (its memory is OpenSSL's, cleared when freed)."""
 
-    def __init__(self, key: KeyId, version: int, chosen: Algorithm, material: bytearray, *, bare: bool = False) -> None:
+    def __init__(
+        self, key: KeyId, version: int, chosen: Algorithm, material: bytearray, attributes: VersionAttributes | None = None
+    ) -> None:
         """Takes ``material`` over. Raises ``Internal`` when it does not fit the algorithm."""
         self.id, self.version, self.algorithm = key, version, chosen
-        self.bare = bare or chosen.bare_only
+        self.bare = chosen.bare_only or (attributes is not None and attributes.bare)
+        self.created_at = 0.0 if attributes is None else attributes.created_at
+        self.imported = attributes is not None and attributes.imported
         self.secret = bytearray()
         self.private: PrivateKey | None = None
         if chosen.secret_key and _fits(chosen, len(material)):

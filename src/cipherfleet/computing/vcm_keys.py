@@ -14,7 +14,7 @@ from cipherfleet.channel import codec
 from cipherfleet.computing.vcm_escrow import Escrow
 from cipherfleet.computing.vcm_handles import Handles, Name
 from cipherfleet.computing.vcm_listing import find, fits
-from cipherfleet.contract.algorithms import Kind, algorithm
+from cipherfleet.contract.algorithms import Algorithm, Kind, algorithm
 from cipherfleet.contract.errors import (
     CipherfleetError,
     EscrowRowTampered,
@@ -28,6 +28,7 @@ from cipherfleet.contract.errors import (
 )
 from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, KeyState, RowName, VersionAttributes, decode_attributes, row_digest
 from cipherfleet.contract.ids import KeyId, new_key_id
+from cipherfleet.contract.policy import INTERNATIONAL, refusal
 from cipherfleet.contract.vcc import Completion, ImportRequest, Operation, RowRequest, VirtualCryptoCard
 from cipherfleet.contract.vcm import KeyUse
 from cipherfleet.contract.vcm_api import KeyDescription, KeyImportRequest, KeyListReply, KeyQuery
@@ -46,6 +47,8 @@ class Keys:
         self._escrow, self._card = escrow, card
         self._revisions: dict[KeyId, int] = {}  # of keys that changed
         self._handles = Handles(card)
+        self.policy = INTERNATIONAL
+        """What the card permits, as it said with the newest lease: told to those who ask, enforced by the card."""
 
     # -- the port ------------------------------------------------------------------------------------------------------
 
@@ -245,7 +248,13 @@ class Keys:
             public_key=public_key,
             imported=current is not None and _version_attributes(current).imported,
             bare=attributes.bare,
+            policy=self._policy_says(chosen, attributes, None if current is None else _version_attributes(current)),
         )
+
+    def _policy_says(self, chosen: Algorithm, attributes: KeyAttributes, version: VersionAttributes | None) -> str:
+        age_s, imported = (0.0, False) if version is None else (time.time() - version.created_at, version.imported)
+        refused = refusal(self.policy, chosen, bare=attributes.bare, imported=imported, age_s=age_s)
+        return f"{self.policy.name}: " + ("allowed" if refused is None else f"refused by rule {refused[0]}: {refused[1]}")
 
     # -- the card ------------------------------------------------------------------------------------------------------
 

@@ -152,6 +152,7 @@ class Link:
             return
         state = codec.decode(done.parameters, LeaseState, what="the lease's state")
         self._expires_at = state.expires_at
+        self._vcm.keys.policy = state.policy
         self._watch()
         try:
             self._vcm.escrow.pin(Seen(state.epoch, state.sequence, state.head))

@@ -10,6 +10,7 @@ from typing import ClassVar
 import msgspec
 
 from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, VcmId
+from cipherfleet.contract.policy import INTERNATIONAL, Policy
 
 
 class Signature(msgspec.Struct, frozen=True):
@@ -70,6 +71,7 @@ class LeaseStatement(Statement, frozen=True):
     epoch: int
     sequence: int
     head: bytes
+    policy: Policy = INTERNATIONAL  # what the card permits as long as this lease lasts
 
 
 class LoginStatement(Statement, frozen=True):

@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from cipherfleet.contract.errors import ErrorBody, Malformed
 from cipherfleet.contract.ids import CardId, ConsumerId, KeyId, VcmId
+from cipherfleet.contract.policy import INTERNATIONAL, Policy
 
 CHUNK_BYTES = 64 * 1024
 MAX_DATA_BYTES = 4 * 1024 * 1024
@@ -169,6 +170,7 @@ class LeaseState(msgspec.Struct, frozen=True):
     epoch: int
     sequence: int
     head: bytes
+    policy: Policy = INTERNATIONAL
 
 
 class CardDescription(msgspec.Struct, frozen=True):
@@ -183,6 +185,7 @@ class CardDescription(msgspec.Struct, frozen=True):
     sequence: int = 0
     head: bytes = b""  # the newest checkpoint the Ukey had seen (from the sealed share)
     kmc_signing_key: bytes = b""  # SubjectPublicKeyInfo, DER (from the sealed share)
+    policy: Policy = INTERNATIONAL  # from the lease in force
     operations: int = 0
     bytes: int = 0
     keys: int = 0

@@ -10,6 +10,7 @@ from cipherfleet.contract.escrow import KeyState
 from cipherfleet.contract.identities import Peer
 from cipherfleet.contract.ids import ConsumerId, KeyId, VcmId
 from cipherfleet.contract.kmc_api import AuditLog
+from cipherfleet.contract.policy import Policy
 from cipherfleet.contract.statements import Right, Signed
 from cipherfleet.contract.vcc import VirtualCryptoCard
 from cipherfleet.contract.vcm_api import KeyDescription, KeyImportRequest, KeyListReply, KeyQuery, LoginReply
@@ -27,6 +28,11 @@ class KeyUse(msgspec.Struct, frozen=True):
 
 class KeyStore(Protocol):
     """The consumer's keys as one VCM sees them. Every change is acknowledged only after the escrow has committed it."""
+
+    @property
+    def policy(self) -> Policy:
+        """What the consumer permits itself; the card enforces it."""
+        ...
 
     async def create(self, algorithm: str, *, label: str, actor: str, bare: bool = False) -> KeyDescription: ...
 

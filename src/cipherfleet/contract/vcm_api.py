@@ -61,6 +61,7 @@ class KeyDescription(Message, frozen=True):
     public_key: bytes = b""  # SubjectPublicKeyInfo DER of the current version; of HPKE's hybrid the raw keys, ML-KEM's first
     imported: bool = False  # the current version was not made in a card
     bare: bool = False  # its ciphertexts are bare: no header names key and version
+    policy: str = ""  # what the consumer's policy says of new data under it: "NAME: allowed", "NAME: refused by rule ..."
 
 
 class KeysCreateRequest(Message, frozen=True):

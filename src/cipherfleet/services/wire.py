@@ -4,7 +4,7 @@ import base64
 import binascii
 from typing import Annotated
 
-from msgspec import Meta
+from msgspec import Meta, field
 
 from cipherfleet.contract.algorithms import Algorithm
 from cipherfleet.contract.errors import ErrorBody, Malformed, TooLarge
@@ -101,7 +101,11 @@ class BatchReply(Message, frozen=True):
 
 
 class AlgorithmsReply(Message, frozen=True):
+    """``refused``: what the consumer's policy does not allow for new data, each with the rule."""
+
     algorithms: tuple[Algorithm, ...]
+    policy: str = ""
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 class HealthReply(Message, frozen=True):

@@ -20,6 +20,7 @@ from cipherfleet.channel import codec
 from cipherfleet.contract.errors import CipherfleetError, EscrowRolledBack, Malformed, UkeyAbsent, UkeyInvalid
 from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.ids import ConsumerId
+from cipherfleet.contract.policy import INTERNATIONAL, Policy
 from cipherfleet.state.files import write_private
 from cipherfleet.terminal.files import fault, read_file
 from cipherfleet.terminal.pin import wipe
@@ -32,6 +33,7 @@ class Remembered(msgspec.Struct, frozen=True):
 
     seen: Seen
     statement_sequence: int = 0
+    policy: Policy = INTERNATIONAL
     version: int = 1
 
 
@@ -57,6 +59,13 @@ class DirectoryMemory:
     @property
     def seen(self) -> Seen:
         return self._known.seen
+
+    @property
+    def policy(self) -> Policy:
+        return self._known.policy
+
+    async def set_policy(self, policy: Policy) -> None:
+        await asyncio.to_thread(self._change, lambda known: msgspec.structs.replace(known, policy=policy))
 
     async def look(self) -> Seen:
         def again() -> None:

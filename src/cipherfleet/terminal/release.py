@@ -126,7 +126,17 @@ class KeyRelease:
             return
         duration_ms = round(state.settings.lease_s * 1000)
         seen = await state.ukey.memory.look()
-        lease = LeaseStatement(state.consumer, frame.card, frame.vcm, frame.nonce, duration_ms, seen.epoch, seen.sequence, seen.head)
+        lease = LeaseStatement(
+            state.consumer,
+            frame.card,
+            frame.vcm,
+            frame.nonce,
+            duration_ms,
+            seen.epoch,
+            seen.sequence,
+            seen.head,
+            state.ukey.memory.policy,
+        )
         await state.kmc.send(LeaseSigned(await sign(lease, state.ukey.signer)))
         service.heard = time.monotonic()
 

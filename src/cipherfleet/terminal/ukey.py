@@ -30,6 +30,7 @@ from cipherfleet.channel.signing import LocalSigner, Signer
 from cipherfleet.contract.errors import CipherfleetError, Exists, Malformed, StateNewer, UkeyAbsent, UkeyInvalid
 from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
+from cipherfleet.contract.policy import Policy
 from cipherfleet.state.files import flush_folder, write_private
 from cipherfleet.terminal import sealing
 from cipherfleet.terminal.files import fault, read_file
@@ -76,6 +77,15 @@ class UkeyMemory(Protocol):
     @property
     def seen(self) -> Seen:
         """The newest checkpoint of the escrow that was verified."""
+        ...
+
+    @property
+    def policy(self) -> Policy:
+        """What the consumer permits itself, as of the last ``look``."""
+        ...
+
+    async def set_policy(self, policy: Policy) -> None:
+        """Durable when it returns; in force with the next heartbeat."""
         ...
 
     async def look(self) -> Seen:

@@ -1,11 +1,14 @@
 """The audit log, and the list of algorithms."""
 
+from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
+import msgspec
 import typer
 
 from cipherfleet.app import output
+from cipherfleet.app.commands.key import ask
 from cipherfleet.app.options import Json, State, run
 from cipherfleet.app.wiring import Cloud
 from cipherfleet.contract.algorithms import REGISTRY
@@ -42,10 +45,22 @@ async def _entries(cloud: Cloud, consumer: str, path: str) -> AuditLog:
         return await kmc.call("GET", f"{path}?consumer={quote(consumer)}", reply=AuditLog)
 
 
-def algorithms(json: Json = False) -> None:
+def algorithms(
+    profile: Annotated[Path | None, typer.Option("--profile", help="Also what the policy of this application's consumer allows.")] = None,
+    json: Json = False,
+) -> None:
     """Every algorithm, its standard, and the policy profiles that allow it."""
+    name, refused = ask(profile, lambda client: client.policy()) if profile is not None else ("", {})
+    known = REGISTRY.values()
     if json:
-        output.document(tuple(REGISTRY.values()))
+        documents = [msgspec.to_builtins(a) for a in known]
+        for document in documents if name else ():
+            document["allowed"], document["rule"] = document["name"] not in refused, refused.get(document["name"], "")
+        output.document(documents)
         return
-    rows = [(a.name, a.standard, a.kind, ", ".join(a.uses), ", ".join(a.profiles)) for a in REGISTRY.values()]
-    output.table("algorithms", ("name", "standard", "kind", "uses", "profiles"), rows)
+    rows = [(a.name, a.standard, a.kind, ", ".join(a.uses), ", ".join(a.profiles)) for a in known]
+    if not name:
+        output.table("algorithms", ("name", "standard", "kind", "uses", "profiles"), rows)
+    else:
+        verdict = [(*row, f"no: {refused[row[0]]}" if row[0] in refused else "yes") for row in rows]
+        output.table("algorithms", ("name", "standard", "kind", "uses", "profiles", f"policy {name}"), verdict)

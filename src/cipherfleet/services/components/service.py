@@ -7,6 +7,7 @@ from cipherfleet.channel.server import Call
 from cipherfleet.contract.algorithms import REGISTRY
 from cipherfleet.contract.errors import ServiceOff
 from cipherfleet.contract.kmc_api import AuditLog
+from cipherfleet.contract.policy import refusal
 from cipherfleet.contract.statements import Right, Signed
 from cipherfleet.contract.vcc import CardDescription, Operation, RandomRequest
 from cipherfleet.contract.vcm_api import EndpointsReply, LoginReply
@@ -41,7 +42,9 @@ class Service:
         return EndpointsReply(tuple(await self._routes.host.endpoints()))
 
     async def algorithms(self, call: Call) -> wire.AlgorithmsReply:
-        return wire.AlgorithmsReply(tuple(REGISTRY.values()))
+        rules = self._routes.host.keys.policy
+        found = ((name, refusal(rules, chosen, bare=chosen.bare_only)) for name, chosen in REGISTRY.items())
+        return wire.AlgorithmsReply(tuple(REGISTRY.values()), rules.name, {name: refused[0] for name, refused in found if refused})
 
     async def health(self, call: Call) -> wire.HealthReply:
         """Raises ``ServiceOff`` while the card does not serve this consumer."""

@@ -343,7 +343,13 @@ class Client:
     # -- the service ---------------------------------------------------------------------------------------------------
 
     async def algorithms(self) -> tuple[Algorithm, ...]:
+        """All that there are, also what the consumer's policy refuses: ``policy`` tells that."""
         return (await self._connection.ask("GET", "/v1/algorithms", wire.AlgorithmsReply)).algorithms
+
+    async def policy(self) -> tuple[str, dict[str, str]]:
+        """The name of the consumer's policy, and the algorithms that it refuses for new data, each with the rule."""
+        reply = await self._connection.ask("GET", "/v1/algorithms", wire.AlgorithmsReply)
+        return reply.policy, reply.refused
 
     async def audit(self) -> tuple[AuditEntry, ...]:
         """The consumer's audit log, oldest first."""

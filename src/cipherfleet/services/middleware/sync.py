@@ -148,6 +148,7 @@ class SyncClient:
     decapsulate = _Call(Client.decapsulate)
     batch = _Call(Client.batch)
     algorithms = _Call(Client.algorithms)
+    policy = _Call(Client.policy)
     audit = _Call(Client.audit)
     endpoints = _Call(Client.endpoints)
     health = _Call(Client.health)
