@@ -17,7 +17,7 @@ def test_a_policy_is_set_while_a_vcm_serves(consumer: Consumer, tmp_path: Path) 
     consumer.plug_in()
     ukey = ("--ukey", consumer.ukey, "--pin-file", pin, "--json")
     assert command("policy", "show", *ukey).document["name"] == "international"
-    with consumer.client() as client:
+    with SyncClient(profile) as client:
         aes = client.create_key("AES-256-GCM")
         ciphertext = client.encrypt(aes.id, b"from before")
         assert command("policy", "set", "gm", *ukey).document["base"] == "gm"
