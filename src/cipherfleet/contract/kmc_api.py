@@ -30,6 +30,7 @@
     vcm        POST   /v1/escrow/statements                StatementsRequest -> StatementsReply
     vcm        GET    /v1/audit                            -> AuditLog                        own consumer only
     vcm        WS     /v1/vcm                              VcmToKmc / KmcToVcm
+    terminal   GET    /v1/escrow?after=                    -> LogPage                         for a Ukey that is far behind
     terminal   WS     /v1/terminal                         TerminalToKmc / KmcToTerminal
     terminal   POST   /v1/applications                     ApplicationRequest -> ApplicationReply
 """

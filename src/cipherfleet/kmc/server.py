@@ -88,7 +88,7 @@ class KmcServer:
             ("POST", "/v1/cards", machine, self._certify_card),
             ("POST", "/v1/vcms/{vcm}/certificate", machine, self._certify_vcm),
             ("POST", "/v1/certificate", vcm, self._renew_vcm),
-            ("GET", "/v1/escrow", vcm, self._read_escrow),
+            ("GET", "/v1/escrow", [Role.VCM, Role.TERMINAL], self._read_escrow),
             ("POST", "/v1/escrow", vcm, self._write_escrow),
             ("POST", "/v1/escrow/rows", vcm, self._read_rows),
             ("GET", "/v1/escrow/rows", vcm, self._read_all_rows),
@@ -197,7 +197,8 @@ class KmcServer:
         return await self.identity.renew(await call.body(CertificateRequest), call.peer)
 
     async def _read_escrow(self, call: Call) -> object:
-        await self.service.require_released(call.peer)
+        if call.peer.identity.role is Role.VCM:
+            await self.service.require_released(call.peer)
         after = _number(call, "after")
         async with self._bulk.turn(call.peer.identity.consumer, call.peer.identity.id):
             return await self.escrow.log_page(call.peer.identity.consumer, after)

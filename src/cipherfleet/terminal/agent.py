@@ -7,13 +7,17 @@ logins, and leases for a card that it released the CMK to, or that proved to hol
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from enum import StrEnum
 from typing import Any
 
+from cipherfleet.channel.client import Caller
+from cipherfleet.contract.errors import ServiceUnavailable, Tampered
 from cipherfleet.contract.kmc_api import KmcToTerminal, UkeyRemoved
 from cipherfleet.contract.management_api import Inserted, ManagementToTerminal, Removed
 from cipherfleet.contract.settings import Settings
 from cipherfleet.terminal.callers import kmc_caller, management_caller
+from cipherfleet.terminal.catch_up import catch_up
 from cipherfleet.terminal.insertion import Event, Insertion, ServiceInfo
 from cipherfleet.terminal.link import Link
 from cipherfleet.terminal.release import KeyRelease
@@ -58,6 +62,7 @@ class Agent:
                 hello=self._hello_kmc,
                 receive=self._release.receive,
                 lost=lambda why: state.tell("kmc-lost", detail=why),
+                prepare=lambda: self._catch_up(kmc),
             )
             state.management = Link(
                 management,
@@ -98,6 +103,14 @@ class Agent:
     async def _keep_management(self) -> None:
         await self._state.kmc.opened.wait()  # the download signal must find us
         await self._state.management.keep()
+
+    async def _catch_up(self, kmc: Caller) -> None:
+        """Before the channel; whether the KMC is there at all, the channel finds out."""
+        try:
+            with suppress(ServiceUnavailable):  # also of a Ukey that went: whoever watches it ends us
+                await catch_up(self._state.ukey, kmc)
+        except Tampered as exc:
+            await self._state.end(exc)
 
     async def _hello_kmc(self) -> None:
         self._state.tell("kmc-connected")

@@ -23,6 +23,7 @@ from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.settings import Settings
 from cipherfleet.contract.statements import ApplicationStatement, Right
 from cipherfleet.terminal.callers import kmc_caller, management_caller
+from cipherfleet.terminal.catch_up import catch_up
 from cipherfleet.terminal.checkpoint import advance, check_recorded
 from cipherfleet.terminal.ukey import Ukey
 
@@ -97,9 +98,10 @@ async def _submit(ukey: Ukey, statement: ApplicationStatement, csr: bytes) -> Ch
     memory, key = ukey.memory, ukey.record.kmc_signing_key
     for attempt in range(1, ATTEMPTS + 1):
         numbered = structs.replace(statement, sequence=await memory.next_sequence())  # a number is lost rather than given twice
-        seen = memory.seen
         signed = await sign(numbered, ukey.signer)
         async with kmc_caller(ukey) as kmc:
+            await catch_up(ukey, kmc)
+            seen = memory.seen
             reply = await kmc.call("POST", "/v1/applications", ApplicationRequest(signed, csr, seen.sequence), reply=ApplicationReply)
         point = advance(statement.consumer, seen, reply.checkpoint, reply.log, key)
         entry = StatementEntry(statement.name, signed, numbered.sequence)

@@ -21,7 +21,7 @@ _TRANSIENT = (ServiceUnavailable, BadInput, PeerError, CertificateInvalid, Conne
 class Link:
     """Connects, says hello, hands over frames one by one; when the connection is lost, all over again.
 
-    ``path`` is asked at every connection. A frame that cannot be decoded costs the peer its connection.
+    ``prepare`` comes before every connection, and ``path`` is asked at each. A frame that cannot be decoded costs the peer its connection.
     """
 
     def __init__(
@@ -33,9 +33,10 @@ class Link:
         hello: Callable[[], Awaitable[None]],
         receive: Callable[[Any], Awaitable[None]],
         lost: Callable[[str], None],
+        prepare: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._caller, self._path, self._receives = caller, path, receives
-        self._hello, self._receive, self._lost = hello, receive, lost
+        self._hello, self._receive, self._lost, self._prepare = hello, receive, lost, prepare
         self._frames: Frames[Any, Any] | None = None
         self._leaving = False
         self.opened = asyncio.Event()  # once set it stays set: the platform was there
@@ -46,6 +47,8 @@ class Link:
         while True:
             connected = time.monotonic()
             try:
+                if self._prepare is not None:
+                    await self._prepare()
                 async with self._caller.frames(self._path(), self._receives) as frames:
                     self._frames = frames
                     self.opened.set()

@@ -31,7 +31,7 @@ ROUTES = {
     ("POST", "/v1/cards"): {Role.MACHINE},
     ("POST", f"/v1/vcms/{VCM}/certificate"): {Role.MACHINE},
     ("POST", "/v1/certificate"): {Role.VCM},
-    ("GET", "/v1/escrow"): {Role.VCM},
+    ("GET", "/v1/escrow"): {Role.VCM, Role.TERMINAL},
     ("POST", "/v1/escrow"): {Role.VCM},
     ("POST", "/v1/escrow/rows"): {Role.VCM},
     ("GET", "/v1/escrow/rows"): {Role.VCM},

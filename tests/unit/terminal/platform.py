@@ -37,6 +37,7 @@ from cipherfleet.contract.kmc_api import (
     EnrolRequest,
     LeaseRequested,
     LeaseSigned,
+    LogPage,
     TerminalToKmc,
 )
 from cipherfleet.contract.lifecycle import Process, TraceEntry
@@ -157,6 +158,8 @@ class Kmc:
         self.signer = LocalSigner(new_key())
         self.ciphertext_cmk = os.urandom(40)
         self.log: list[LogEntry] = []
+        self.page = 1000
+        """Entries in one answer."""
         self.line = Line(TerminalToKmc)
         self.requests: list[ApplicationRequest] = []
         self.fail: dict[str, list[CipherfleetError | None]] = {}
@@ -174,7 +177,13 @@ class Kmc:
         server.route("POST", "/v1/consumers/{consumer}/confirm", operator, self._confirm)
         server.route("DELETE", "/v1/consumers/{consumer}", operator, self._delete)
         server.route("POST", "/v1/applications", terminal, self._application)
+        server.route("GET", "/v1/escrow", terminal, self._log)
         server.route("GET", "/v1/terminal", terminal, self.line.serve)
+
+    async def _log(self, call: Call) -> LogPage:
+        after = int(call.query("after"))
+        entries = tuple(self.log[after : after + self.page])
+        return LogPage(entries, await self.checkpoint(call.peer.identity.consumer) if after + len(entries) >= len(self.log) else None)
 
     def _may_fail(self, what: str) -> None:
         planned = self.fail.get(what)
