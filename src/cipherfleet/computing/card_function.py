@@ -39,7 +39,7 @@ from cipherfleet.contract.errors import (
     Unsupported,
     WrongKeyType,
 )
-from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, VersionAttributes, decode_attributes
+from cipherfleet.contract.escrow import Attributes, EscrowRow, VersionAttributes, decode_attributes
 from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
 from cipherfleet.contract.kmc_api import CardReply
 from cipherfleet.contract.statements import ApplicationStatement, LoginStatement, Signed
@@ -607,7 +607,7 @@ def _parameters(request: Request, kind: type[T]) -> T:
     return codec.decode(request.parameters, kind, what="the operation's parameters")
 
 
-def _attributes(row: EscrowRow) -> KeyAttributes | VersionAttributes:
+def _attributes(row: EscrowRow) -> Attributes:
     if len(row.attributes) > MAX_ATTRIBUTE_BYTES:
         raise TooLarge(f"attributes have at most {MAX_ATTRIBUTE_BYTES} bytes")
     return decode_attributes(row)

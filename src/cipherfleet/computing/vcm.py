@@ -15,11 +15,13 @@ import msgspec
 from cipherfleet.channel.server import Server
 from cipherfleet.computing.vcm_escrow import Escrow, Kmc
 from cipherfleet.computing.vcm_grants import Grants, Logins
+from cipherfleet.computing.vcm_key_life import KeyLife
 from cipherfleet.computing.vcm_keys import Keys
 from cipherfleet.contract.errors import CardUnavailable, ForeignConsumer, LeaseExpired, NotPermitted, ServiceOff
 from cipherfleet.contract.identities import Peer, Role
 from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
 from cipherfleet.contract.kmc_api import AuditLog
+from cipherfleet.contract.settings import Settings
 from cipherfleet.contract.statements import Right, Signed
 from cipherfleet.contract.vcc import Completion, Operation, VirtualCryptoCard
 from cipherfleet.contract.vcm_api import LoginReply
@@ -54,13 +56,22 @@ class Vcm:
     """Implements ``contract.vcm.VcmHost``."""
 
     def __init__(
-        self, id_: VcmId, consumer: ConsumerId, card_id: CardId, address: str, card: VirtualCryptoCard, kmc: Kmc, kmc_signing_key: bytes
+        self,
+        id_: VcmId,
+        consumer: ConsumerId,
+        card_id: CardId,
+        address: str,
+        card: VirtualCryptoCard,
+        kmc: Kmc,
+        kmc_signing_key: bytes,
+        settings: Settings,
     ) -> None:
         self._id, self._consumer, self._card_id, self._address = id_, consumer, card_id, address
         self._kmc = kmc
         self._card = WatchedCard(card, self.end)
         self.escrow = Escrow(consumer, kmc, kmc_signing_key)
         self._keys = Keys(self.escrow, self._card)
+        self._key_life = KeyLife(self._keys, self.escrow, settings)
         self._grants = Grants(consumer, self.escrow, self._card)
         self._logins = Logins(id_, consumer, self._card)
         self._doors: tuple[Server, socket.socket] | None = None
@@ -89,6 +100,10 @@ class Vcm:
     @property
     def keys(self) -> Keys:
         return self._keys
+
+    @property
+    def key_life(self) -> KeyLife:
+        return self._key_life
 
     async def authorise(self, peer: Peer, right: Right) -> None:
         self._require_serving()

@@ -20,12 +20,24 @@ from cipherfleet.contract.errors import (
     EscrowRowForeign,
     EscrowRowTampered,
     KeyUnknown,
+    KeyVersionTrimmed,
     KmcUnavailable,
     StateConflict,
     StatementForged,
     Tampered,
 )
-from cipherfleet.contract.escrow import EscrowRow, LogEntry, RowName, RowWrite, Seen, StatementEntry, check_follows, replay, row_digest
+from cipherfleet.contract.escrow import (
+    EscrowRow,
+    LogEntry,
+    RowName,
+    RowWrite,
+    Seen,
+    StatementEntry,
+    check_follows,
+    replay,
+    row_digest,
+    was_destroyed,
+)
 from cipherfleet.contract.escrow_state import Changes, EscrowState
 from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId
 from cipherfleet.contract.kmc_api import (
@@ -159,11 +171,13 @@ class Escrow:
         return news
 
     async def row(self, key: KeyId, version: int) -> EscrowRow:
-        """One row, checked. Raises as ``rows``."""
-        return (await self.rows((RowName(key, version),)))[0]
+        """One row, checked. Raises as ``rows``, or ``KeyVersionTrimmed``."""
+        for row in await self.rows((RowName(key, version),)):
+            return row
+        raise KeyVersionTrimmed(f"the material of version {version} of key {key} is destroyed")
 
     async def rows(self, names: Sequence[RowName]) -> list[EscrowRow]:
-        """These rows, each checked against the log; from the cache, or from the KMC.
+        """These rows, each checked against the log; from the cache, or from the KMC. Those of destroyed material are left out.
 
         Raises ``KeyUnknown`` for one that the log does not name, ``EscrowRowTampered``, ``EscrowRowForeign`` or ``EscrowRolledBack``
         for one that is not what the log names, ``KmcUnavailable``.
@@ -175,7 +189,7 @@ class Escrow:
                 raise KeyUnknown(f"there is no key {name.key}" if name.version == 0 else f"key {name.key} has no version {name.version}")
         for start in range(0, len(missing), MAX_ROW_NAMES):
             found |= await self._fetch(missing[start : start + MAX_ROW_NAMES], self.refresh)
-        return [found[name] for name in names]
+        return [found[name] for name in names if name in found]
 
     @property
     def swept(self) -> bool:
@@ -192,13 +206,17 @@ class Escrow:
         try:
             names = sweep.names(reply.rows)
             rows = await self._fetch(names, self.refresh, (before, reply.rows))
-            sweep.passed(names, [self._state.number(name.key, name.version) for name in names] if self._state is not None else ())
+            there = [*names, *(gone for row in rows.values() if row.version == 0 for gone in self._destroyed_with(row))]
+            sweep.passed(names, [self._state.number(name.key, name.version) for name in there] if self._state is not None else ())
             if reply.end or not names:
                 sweep.end()
         except Tampered as exc:
             self._fault = exc
             raise
         return list(rows.values())
+
+    def _destroyed_with(self, row: EscrowRow) -> list[RowName]:
+        return [RowName(row.key, version) for version in self.versions(row.key) if was_destroyed(row, version)]
 
     # -- changes -------------------------------------------------------------------------------------------------------
 
@@ -399,6 +417,8 @@ class Escrow:
             if wrong is None:
                 return good
             shown, wanted, error = None, [name for name in wanted if name not in good], wrong
+            whole = dict.fromkeys(RowName(name.key, 0) for name in wanted if self._whole(name.key, good) is None)
+            wanted = list(dict.fromkeys((*whole, *wanted)))  # what is missing may be destroyed meanwhile
             if self.seen == before:
                 await read_log()
             if self.seen == before:
@@ -427,10 +447,18 @@ class Escrow:
             else:
                 good[name] = row
                 self._keep(row, if_room=swept)
-        missing = next((name for name in wanted if name not in good), None)
+        missing = next((name for name in wanted if name not in good and not self._was_destroyed(name, good)), None)
         if error is None and missing is not None:
             error = EscrowRolledBack(f"row {missing.subject} is missing")
         return error
+
+    def _whole(self, key: KeyId, good: dict[RowName, EscrowRow]) -> EscrowRow | None:
+        return good.get(RowName(key, 0)) or self.kept(RowName(key, 0))
+
+    def _was_destroyed(self, name: RowName, good: dict[RowName, EscrowRow]) -> bool:
+        """Whether the key's own newest attributes say why the row is not there."""
+        row = self._whole(name.key, good) if name.version else None
+        return row is not None and was_destroyed(row, name.version)
 
 
 def _check_point(state: EscrowState, point: Seen) -> None:

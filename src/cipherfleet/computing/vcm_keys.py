@@ -18,22 +18,33 @@ from cipherfleet.contract.algorithms import Algorithm, Kind, algorithm
 from cipherfleet.contract.errors import (
     CipherfleetError,
     EscrowRowTampered,
-    KeyDeleted,
-    KeyDisabled,
     KeyUnknown,
     ServiceOff,
     ServiceUnavailable,
     StateConflict,
     WrongKeyType,
 )
-from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, KeyState, RowName, VersionAttributes, decode_attributes, row_digest
+from cipherfleet.contract.escrow import (
+    AliasAttributes,
+    EscrowRow,
+    KeyAttributes,
+    KeyState,
+    RowName,
+    VersionAttributes,
+    decode_attributes,
+    is_alias,
+    is_destroyed,
+    row_digest,
+)
 from cipherfleet.contract.ids import KeyId, new_key_id
+from cipherfleet.contract.key_life import destroyed, require_alive, require_usable, require_version
 from cipherfleet.contract.policy import INTERNATIONAL, refusal
 from cipherfleet.contract.vcc import Completion, ImportRequest, Operation, RowRequest, VirtualCryptoCard
 from cipherfleet.contract.vcm import KeyUse
 from cipherfleet.contract.vcm_api import KeyDescription, KeyImportRequest, KeyListReply, KeyQuery
 
-_EVENTS = {KeyState.ENABLED: "key-enable", KeyState.DISABLED: "key-disable", KeyState.DELETED: "key-delete"}
+Change = Callable[[KeyAttributes], KeyAttributes | None]
+_EVENTS = {KeyState.ENABLED: "key-enable", KeyState.DISABLED: "key-disable"}
 
 SWEEP_AGAIN_S = 1.0
 AT_ONCE = 32
@@ -43,8 +54,8 @@ AT_ONCE = 32
 class Keys:
     """Implements ``contract.vcm.KeyStore``."""
 
-    def __init__(self, escrow: Escrow, card: VirtualCryptoCard) -> None:
-        self._escrow, self._card = escrow, card
+    def __init__(self, escrow: Escrow, card: VirtualCryptoCard, wall_clock: Callable[[], float] = time.time) -> None:
+        self._escrow, self._card, self._wall_clock = escrow, card, wall_clock
         self._revisions: dict[KeyId, int] = {}  # of keys that changed
         self._handles = Handles(card)
         self.policy = INTERNATIONAL
@@ -86,7 +97,7 @@ class Keys:
             async with turns:
                 made = await self._make(key, attributes, attributes.created_at, one.sealed if imported else None)
                 await self._handles.drop(made.value)
-                return codec.decode(made.parameters, EscrowRow), await self._seal(key, attributes, None)
+                return codec.decode(made.parameters, EscrowRow), await self.seal(key, attributes, None)
 
         made = await asyncio.gather(*(make(one) for one in wanted), return_exceptions=True)
         rows: list[EscrowRow] = []
@@ -103,34 +114,48 @@ class Keys:
         """A new current version; the old ones go on decrypting. Raises ``KeyUnknown``, ``KeyDisabled``, ``KeyDeleted``."""
 
         async def attempt() -> None:
-            old, row = await self._attributes(key)
-            _require_enabled(key, old)
+            old, row = await self.attributes(key)
+            now = self._wall_clock()
+            require_usable(key, old, now)
             changed = msgspec.structs.replace(old, current_version=old.current_version + 1, revision=old.revision + 1)
-            await self._write_version(key, changed, row, time.time(), actor, "key-rotate")
+            await self._write_version(key, changed, row, now, actor, "key-rotate")
 
-        await self._retry(attempt)
+        await self.retry(attempt)
         return await self.describe(key)
 
     async def set_state(self, key: KeyId, state: KeyState, *, actor: str) -> KeyDescription:
-        """Enable, disable or delete; the state that a key is in already is well. Raises ``KeyUnknown`` or ``KeyDeleted``."""
+        """Enable or disable; the state that a key is in already is well. Raises ``KeyUnknown``, ``KeyDeleted``, ``KeyPendingDeletion``."""
+
+        def change(old: KeyAttributes) -> KeyAttributes | None:
+            require_alive(key, old, self._wall_clock())
+            return None if old.state is state else msgspec.structs.replace(old, state=state)
+
+        return await self.change(key, change, actor=actor, event=_EVENTS[state])
+
+    async def destroy(self, key: KeyId, *, actor: str) -> KeyDescription:
+        """Destroy all material of a key at once; destroying what is gone succeeds. Raises ``KeyUnknown``."""
+
+        def change(old: KeyAttributes) -> KeyAttributes | None:
+            return None if old.state is KeyState.DELETED else destroyed(old, self._wall_clock())
+
+        return await self.change(key, change, actor=actor, event="key-destroy")
+
+    async def change(self, key: KeyId, change: Change, *, actor: str, event: str) -> KeyDescription:
+        """Write what ``change`` makes of a key's attributes, unless it makes nothing. It may be called twice, and raise."""
 
         async def attempt() -> None:
-            old, row = await self._attributes(key)
-            if old.state is state:
-                return
-            if old.state is KeyState.DELETED:
-                raise KeyDeleted(f"key {key} is deleted")
-            changed = msgspec.structs.replace(old, state=state, revision=old.revision + 1)
-            sealed = await self._seal(key, changed, row)
-            await self._escrow.write((sealed,), replaces=(row,), actor=actor, event=_EVENTS[state])
+            old, row = await self.attributes(key)
+            changed = change(old)
+            if changed is not None:
+                sealed = await self.seal(key, msgspec.structs.replace(changed, revision=old.revision + 1), row)
+                await self._escrow.write((sealed,), replaces=(row,), actor=actor, event=event)
 
-        await self._retry(attempt)
-        if state is KeyState.DELETED:
-            await self._handles.unload((key,))
+        await self.retry(attempt)
+        await self._unload_destroyed(key)
         return await self.describe(key)
 
     async def describe(self, key: KeyId) -> KeyDescription:
-        attributes, _ = await self._attributes(key)
+        attributes, _ = await self.attributes(key)
         return await self._describe(key, attributes)
 
     async def list_keys(self, query: KeyQuery) -> KeyListReply:
@@ -142,18 +167,20 @@ class Keys:
             await self._escrow.refresh()
             keys = [key for key in keys if self._escrow.has(key, 0)]
         await self._escrow.rows([RowName(key, version) for key in keys for version in self._first_and_newest(key)])
+        keys = [key for key in keys if not is_alias(await self._escrow.row(key, 0))]
         unseen = [key for key in keys if not self._escrow.sealed(key, 0)]
         for start in range(0, len(unseen), AT_ONCE):
-            await asyncio.gather(*(self._attributes(key) for key in unseen[start : start + AT_ONCE]))
+            await asyncio.gather(*(self.attributes(key) for key in unseen[start : start + AT_ONCE]))
         described = [await self.describe(key) for key in keys]
         if not query.everything:
             described = [one for one in described if fits(query, one)]
         return KeyListReply(tuple(described), after)
 
     async def use(self, key: KeyId, *, version: int | None = None) -> KeyUse:
-        attributes, _ = await self._attributes(key)
-        _require_enabled(key, attributes)
+        attributes, _ = await self.attributes(key)
+        require_usable(key, attributes, self._wall_clock())
         wanted = attributes.current_version if version is None else version
+        require_version(key, attributes, wanted)
         handle = self._handles.take(Name(key, wanted))
         if handle is None:
             handle = await self._load(key, wanted)
@@ -163,13 +190,17 @@ class Keys:
         return self._handles.hold()
 
     async def refresh(self) -> None:
-        """Somebody else changed the escrow: see what, and unload what is deleted."""
+        """Somebody else changed the escrow: see what, and unload what is destroyed."""
         await self._escrow.refresh()
         for key in self._handles.of(self._escrow.take_news()):
             with suppress(CipherfleetError):  # a row that is not good is refused when it is used
-                attributes, _ = await self._attributes(key)
-                if attributes.state is KeyState.DELETED:
-                    await self._handles.unload((key,))
+                await self._unload_destroyed(key)
+
+    async def _unload_destroyed(self, key: KeyId) -> None:
+        """Out of the card, too; of a key that was trimmed all of it, as what is left is loaded again when it is used."""
+        attributes, _ = await self.attributes(key)
+        if is_destroyed(attributes, 1):
+            await self._handles.unload((key,))
 
     async def sweep(self) -> None:
         """Have every row of the escrow checked, beside the service: half of the time at most goes into it.
@@ -201,7 +232,7 @@ class Keys:
             if not self._escrow.has(key, 0) and not self._escrow.versions(key):
                 raise KeyUnknown(f"there is no key {key}")
 
-    async def _attributes(self, key: KeyId) -> tuple[KeyAttributes, EscrowRow]:
+    async def attributes(self, key: KeyId) -> tuple[KeyAttributes, EscrowRow]:
         """What is true of a key, after the card has checked that this consumer's CMK sealed it."""
         await self._known(key)
         if not self._escrow.has(key, 0):
@@ -209,11 +240,25 @@ class Keys:
         row = self._escrow.kept(RowName(key, 0))
         if row is None:
             row = (await self._escrow.rows([RowName(key, version) for version in self._first_and_newest(key)]))[0]
-        return await self._check(row), row
+        if is_alias(row):
+            raise KeyUnknown(f"there is no key {key}")
+        attributes = await self._check(row)
+        if not isinstance(attributes, KeyAttributes):
+            raise EscrowRowTampered(f"key {key} lacks its attributes")
+        return attributes, row
 
-    async def _check(self, row: EscrowRow) -> KeyAttributes:
+    async def alias(self, id_: KeyId) -> tuple[AliasAttributes, EscrowRow]:
+        """What is kept under the id of an alias, checked likewise. Raises ``KeyUnknown``."""
+        await self._known(id_)
+        row = await self._escrow.row(id_, 0)
+        attributes = await self._check(row)
+        if not isinstance(attributes, AliasAttributes):
+            raise EscrowRowTampered(f"row {row.subject} is no alias")
+        return attributes, row
+
+    async def _check(self, row: EscrowRow) -> KeyAttributes | AliasAttributes:
         """A key's attributes, once the card has checked them. Raises ``EscrowRowTampered``."""
-        attributes, known = _key_attributes(row), self._revisions.get(row.key, 1)
+        attributes, known = _whole_attributes(row), self._revisions.get(row.key, 1)
         if attributes.revision < known:
             raise EscrowRowTampered(f"the attributes of key {row.key} are older than those seen before")
         if not self._escrow.sealed(row.key, 0):
@@ -230,11 +275,12 @@ class Keys:
     async def _describe(self, key: KeyId, attributes: KeyAttributes) -> KeyDescription:
         chosen = algorithm(attributes.algorithm)
         public_key, version = b"", attributes.current_version
-        if not chosen.secret_key and attributes.state is not KeyState.DELETED:
+        there = not is_destroyed(attributes, version)
+        if not chosen.secret_key and there:
             if not self._escrow.sealed(key, version):
                 await self._load(key, version)  # so the card has checked the public key, too
             public_key = _version_attributes(await self._escrow.row(key, version)).public_key
-        current = await self._escrow.row(key, version) if self._escrow.has(key, version) else None
+        current = await self._escrow.row(key, version) if there and self._escrow.has(key, version) else None
         return KeyDescription(
             id=key,
             algorithm=chosen.name,
@@ -244,11 +290,14 @@ class Keys:
             created_at=attributes.created_at,
             created_by=attributes.created_by,
             uses=tuple(chosen.uses),
-            versions=self._escrow.versions(key),
+            versions=tuple(v for v in self._escrow.versions(key) if not is_destroyed(attributes, v)),
             public_key=public_key,
             imported=current is not None and _version_attributes(current).imported,
             bare=attributes.bare,
             policy=self._policy_says(chosen, attributes, None if current is None else _version_attributes(current)),
+            aliases=attributes.aliases,
+            tags=attributes.tags,
+            delete_at=attributes.delete_at or None,
         )
 
     def _policy_says(self, chosen: Algorithm, attributes: KeyAttributes, version: VersionAttributes | None) -> str:
@@ -258,7 +307,7 @@ class Keys:
 
     # -- the card ------------------------------------------------------------------------------------------------------
 
-    async def _seal(self, key: KeyId, attributes: KeyAttributes, replaces: EscrowRow | None) -> EscrowRow:
+    async def seal(self, key: KeyId, attributes: KeyAttributes | AliasAttributes, replaces: EscrowRow | None) -> EscrowRow:
         """The row of ``attributes``, good in the place of ``replaces`` and nowhere else."""
         attributes = msgspec.structs.replace(attributes, previous=b"" if replaces is None else row_digest(replaces))
         request = RowRequest(key, 0, codec.encode(attributes))
@@ -279,7 +328,7 @@ class Keys:
         version = attributes.current_version
         made = await self._make(key, attributes, now, imported)
         try:
-            sealed = await self._seal(key, attributes, replaces)
+            sealed = await self.seal(key, attributes, replaces)
             material = codec.decode(made.parameters, EscrowRow)
             await self._escrow.write((material, sealed), replaces=(None, replaces), actor=actor, event=event)
         except BaseException:
@@ -309,7 +358,7 @@ class Keys:
         self._escrow.note_sealed(row)
         return handle
 
-    async def _retry(self, attempt: Callable[[], Awaitable[None]]) -> None:
+    async def retry(self, attempt: Callable[[], Awaitable[None]]) -> None:
         """Once more with what is there now, when somebody else changed it first."""
         try:
             await attempt()
@@ -326,16 +375,9 @@ def _first_attributes(name: str, label: str, actor: str, bare: bool) -> KeyAttri
     return KeyAttributes(chosen.name, KeyState.ENABLED, 1, 1, time.time(), label, actor, bare=bare or chosen.bare_only)
 
 
-def _require_enabled(key: KeyId, attributes: KeyAttributes) -> None:
-    if attributes.state is KeyState.DELETED:
-        raise KeyDeleted(f"key {key} is deleted")
-    if attributes.state is KeyState.DISABLED:
-        raise KeyDisabled(f"key {key} is disabled")
-
-
-def _key_attributes(row: EscrowRow) -> KeyAttributes:
+def _whole_attributes(row: EscrowRow) -> KeyAttributes | AliasAttributes:
     attributes = decode_attributes(row)
-    if not isinstance(attributes, KeyAttributes):
+    if isinstance(attributes, VersionAttributes):
         raise EscrowRowTampered(f"key {row.key} lacks its attributes")
     return attributes
 

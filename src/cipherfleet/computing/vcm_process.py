@@ -76,6 +76,7 @@ async def run(
                 card,
                 kmc,
                 configuration.kmc_signing_key,
+                configuration.settings,
             )
             server = certificate.server(vcm)
             mount(server, vcm)

@@ -245,6 +245,10 @@ class KeyUnknown(NotFound):
     code = "key-unknown"
 
 
+class AliasUnknown(NotFound):
+    code = "alias-unknown"
+
+
 class VcmUnknown(NotFound):
     code = "vcm-unknown"
 
@@ -279,6 +283,19 @@ class KeyDisabled(Conflict):
 
 class KeyDeleted(Conflict):
     code = "key-deleted"
+
+
+class KeyPendingDeletion(Conflict):
+    """Its deletion is scheduled, so nothing is done with it; its material is still there."""
+
+    code = "key-pending-deletion"
+    default_hint = "until it is destroyed, get it back with: cipherfleet key cancel-deletion"
+
+
+class KeyVersionTrimmed(Conflict):
+    """This version's material is destroyed, and with it what only it could decrypt or verify."""
+
+    code = "key-version-trimmed"
 
 
 class WrongKeyType(Conflict):

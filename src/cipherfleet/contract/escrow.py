@@ -23,13 +23,14 @@ APPLICATION = "application/"
 class KeyState(StrEnum):
     ENABLED = "enabled"
     DISABLED = "disabled"
+    PENDING_DELETION = "pending-deletion"
     DELETED = "deleted"
 
 
-class KeyAttributes(msgspec.Struct, frozen=True):
+class KeyAttributes(msgspec.Struct, frozen=True, omit_defaults=True):
     """Row version 0 of a key: what is true of the key as a whole. ``revision`` grows with every change.
 
-    ``previous`` is the digest of the row that this one replaces, empty for the first.
+    ``previous`` is the digest of the row that this one replaces, empty for the first. Times are unix seconds; 0 is "never" or "not set".
     """
 
     algorithm: str
@@ -41,6 +42,22 @@ class KeyAttributes(msgspec.Struct, frozen=True):
     created_by: str = ""
     previous: bytes = b""
     bare: bool = False
+    aliases: tuple[str, ...] = ()  # each has a row of its own, too: ``AliasAttributes``
+    tags: dict[str, str] = msgspec.field(default_factory=dict)
+    delete_at: float = 0.0  # when its material is to be destroyed, or was
+    oldest_version: int = 1  # versions below are trimmed: destroyed
+
+
+class AliasAttributes(msgspec.Struct, frozen=True, tag_field="kind", tag="alias"):
+    """Row version 0 under ``alias_id``: which key a name is for. ``target`` is empty once the alias is deleted."""
+
+    name: str
+    target: str
+    revision: int
+    previous: bytes = b""
+
+
+_ALIAS = b'{"kind":"alias",'
 
 
 class VersionAttributes(msgspec.Struct, frozen=True):
@@ -58,7 +75,7 @@ class VersionAttributes(msgspec.Struct, frozen=True):
 
 
 class EscrowRow(msgspec.Struct, frozen=True):
-    """One wrapped row. ``attributes`` is JSON of ``KeyAttributes`` (version 0) or ``VersionAttributes``.
+    """One wrapped row. ``attributes`` is JSON of ``KeyAttributes`` or ``AliasAttributes`` (version 0), or ``VersionAttributes``.
 
     ``wrapped`` is nonce(12) || AES-256-GCM under the CMK's wrapping key, over the key material (version >= 1) or over
     nothing (version 0), with ``associated_data`` of the row. Consumer, key, version and attributes are all authenticated.
@@ -173,13 +190,37 @@ def check_follows(row: EscrowRow, previous: bytes) -> None:
         attributes = decode_attributes(row)
     except Malformed as exc:
         raise EscrowRowTampered(f"row {row.subject} cannot be read") from exc
-    if not isinstance(attributes, KeyAttributes) or attributes.previous != previous:
+    if isinstance(attributes, VersionAttributes) or attributes.previous != previous:
         raise EscrowRolledBack(f"row {row.subject} was not made to replace the one before it")
 
 
-def decode_attributes(row: EscrowRow) -> KeyAttributes | VersionAttributes:
+def is_destroyed(attributes: KeyAttributes, version: int) -> bool:
+    """Whether the material of a version is to be nowhere any more: the row that held it may be missing."""
+    return attributes.state is KeyState.DELETED or version < attributes.oldest_version
+
+
+def was_destroyed(row: EscrowRow, version: int) -> bool:
+    """Whether a key's own attributes say so. Raises ``Malformed``."""
+    attributes = None if is_alias(row) else decode_attributes(row)
+    return isinstance(attributes, KeyAttributes) and is_destroyed(attributes, version)
+
+
+def is_alias(row: EscrowRow) -> bool:
+    """Whether a row of version 0 is an alias', not a key's. The attributes are authenticated byte by byte."""
+    return row.version == 0 and row.attributes.startswith(_ALIAS)
+
+
+def alias_id(name: str) -> KeyId:
+    """Under which id an alias has its row: of two who make the same alias at once, the escrow takes one."""
+    return KeyId(hashlib.sha256(f"cipherfleet alias v1 {name}".encode()).hexdigest()[:32])
+
+
+Attributes = KeyAttributes | AliasAttributes | VersionAttributes
+
+
+def decode_attributes(row: EscrowRow) -> Attributes:
     """The attributes of a row. Raises ``Malformed``."""
-    kind: type[KeyAttributes | VersionAttributes] = KeyAttributes if row.version == 0 else VersionAttributes
+    kind: type[Attributes] = VersionAttributes if row.version != 0 else AliasAttributes if is_alias(row) else KeyAttributes
     try:
         return msgspec.json.decode(row.attributes, type=kind)
     except msgspec.MsgspecError as exc:

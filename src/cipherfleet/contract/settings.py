@@ -35,5 +35,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         int, Meta(ge=2048, le=8_000_000, description="changes of a consumer's keys and applications in all; each VCM reads all of them")
     ] = 2_000_000
     escrow_mib_per_consumer: Annotated[int, Meta(ge=1, le=65536, description="wrapped keys and attributes of a consumer, MiB")] = 1024
+    deletion_days: Annotated[int, Meta(ge=1, le=365, description="how long a key waits for its deletion, and at most, days")] = 30
+    deletion_days_min: Annotated[float, Meta(ge=0, le=365, description="how long it waits at least, days")] = 7
+    aliases_per_key: Annotated[int, Meta(ge=0, le=50, description="how many aliases a key may have")] = 50
+    tags_per_key: Annotated[int, Meta(ge=0, le=50, description="how many tags a key may have")] = 50
     argon2_memory_kib: Annotated[int, Meta(ge=8192, description="memory of the PIN's and passphrase's Argon2id, KiB")] = 65536
     argon2_iterations: Annotated[int, Meta(ge=1, description="passes of the PIN's and passphrase's Argon2id")] = 3

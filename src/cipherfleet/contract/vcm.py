@@ -9,11 +9,12 @@ import msgspec
 from cipherfleet.contract.escrow import KeyState
 from cipherfleet.contract.identities import Peer
 from cipherfleet.contract.ids import ConsumerId, KeyId, VcmId
+from cipherfleet.contract.key_life import KeyUpdate
 from cipherfleet.contract.kmc_api import AuditLog
 from cipherfleet.contract.policy import Policy
 from cipherfleet.contract.statements import Right, Signed
 from cipherfleet.contract.vcc import VirtualCryptoCard
-from cipherfleet.contract.vcm_api import KeyDescription, KeyImportRequest, KeyListReply, KeyQuery, LoginReply
+from cipherfleet.contract.vcm_api import AliasEntry, KeyDescription, KeyImportRequest, KeyListReply, KeyQuery, LoginReply
 
 
 class KeyUse(msgspec.Struct, frozen=True):
@@ -50,6 +51,10 @@ class KeyStore(Protocol):
 
     async def set_state(self, key: KeyId, state: KeyState, *, actor: str) -> KeyDescription: ...
 
+    async def destroy(self, key: KeyId, *, actor: str) -> KeyDescription:
+        """At once, and for good."""
+        ...
+
     async def describe(self, key: KeyId) -> KeyDescription:
         """Raises ``KeyUnknown``; looks at the escrow again before it says so."""
         ...
@@ -67,6 +72,26 @@ class KeyStore(Protocol):
         ...
 
 
+class KeyLife(Protocol):
+    """What becomes of a key after it was made."""
+
+    async def update(self, key: KeyId, change: KeyUpdate, *, actor: str) -> KeyDescription: ...
+
+    async def resolve(self, name: str) -> KeyId:
+        """Which key an alias is for. Raises ``AliasUnknown``."""
+        ...
+
+    async def set_alias(self, name: str, key: KeyId, *, actor: str) -> KeyDescription: ...
+
+    async def delete_alias(self, name: str, *, actor: str) -> None: ...
+
+    async def list_aliases(self) -> Sequence[AliasEntry]: ...
+
+    async def schedule_deletion(self, key: KeyId, days: float | None, *, actor: str) -> KeyDescription: ...
+
+    async def cancel_deletion(self, key: KeyId, *, actor: str) -> KeyDescription: ...
+
+
 class VcmHost(Protocol):
     """One VCM, as its components see it."""
 
@@ -81,6 +106,9 @@ class VcmHost(Protocol):
 
     @property
     def keys(self) -> KeyStore: ...
+
+    @property
+    def key_life(self) -> KeyLife: ...
 
     async def authorise(self, peer: Peer, right: Right) -> None:
         """That ``peer`` has a Ukey-signed statement granting ``right``.

@@ -6,6 +6,8 @@
     application  the network components: see services.components
 """
 
+import msgspec
+
 from cipherfleet.contract.ids import CardId, KeyId, VcmId
 from cipherfleet.contract.messages import Message
 
@@ -62,6 +64,9 @@ class KeyDescription(Message, frozen=True):
     imported: bool = False  # the current version was not made in a card
     bare: bool = False  # its ciphertexts are bare: no header names key and version
     policy: str = ""  # what the consumer's policy says of new data under it: "NAME: allowed", "NAME: refused by rule ..."
+    aliases: tuple[str, ...] = ()
+    tags: dict[str, str] = msgspec.field(default_factory=dict)
+    delete_at: float | None = None  # when it is destroyed, or was: unix seconds
 
 
 class KeysCreateRequest(Message, frozen=True):
@@ -102,6 +107,29 @@ class KeyListReply(Message, frozen=True):
 
     keys: tuple[KeyDescription, ...]
     next: str = ""
+
+
+class DeletionRequest(Message, frozen=True):
+    """``days`` until the key is destroyed; ``None`` for the default."""
+
+    days: float | None = None
+
+
+class AliasEntry(Message, frozen=True):
+    """``name`` is without ``alias/``, which goes before it where a key is named."""
+
+    name: str
+    key: KeyId
+
+
+class AliasListReply(Message, frozen=True):
+    aliases: tuple[AliasEntry, ...]
+
+
+class AliasRequest(Message, frozen=True):
+    """``key``: an id, or the ``alias/NAME`` of another alias."""
+
+    key: str
 
 
 class DataKeyReply(Message, frozen=True):

@@ -4,16 +4,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import msgspec
-from sqlalchemy import Connection, update
+from sqlalchemy import Connection, delete, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from cipherfleet.contract.errors import LimitReached, StateConflict
-from cipherfleet.contract.escrow import EscrowRow, RowName, RowWrite, row_digest
+from cipherfleet.contract.escrow import EscrowRow, RowName, RowWrite, row_digest, was_destroyed
 from cipherfleet.contract.ids import ConsumerId
 from cipherfleet.contract.settings import Settings
 from cipherfleet.kmc import store
 from cipherfleet.kmc.escrow_reads import read_rows
 from cipherfleet.kmc.schema import consumers, rows
+
+_ROW = (rows.c.consumer, rows.c.key, rows.c.version, rows.c.attributes, rows.c.wrapped)
 
 
 def store_rows(connection: Connection, consumer: ConsumerId, writes: Sequence[RowWrite], limits: Settings) -> None:
@@ -29,11 +31,40 @@ def store_rows(connection: Connection, consumer: ConsumerId, writes: Sequence[Ro
         counts["row_count"] += before is None
         counts["keys"] += before is None and name.version == 0
         current[name] = write.row
+    _refuse_destroyed(connection, consumer, writes, current)
+    for name in _destroyed(connection, consumer, writes):
+        at = (rows.c.consumer == consumer) & (rows.c.key == name.key) & (rows.c.version == name.version)
+        gone = EscrowRow(*connection.execute(delete(rows).where(at).returning(*_ROW)).one())
+        counts["row_bytes"] -= _size(gone)
+        counts["row_count"] -= 1
     _count(connection, consumer, counts, limits)
     put = upsert(rows)
     changed = {name: put.excluded[name] for name in ("attributes", "wrapped")}
     values = [msgspec.structs.asdict(current[name]) for name in dict.fromkeys(names)]
     connection.execute(put.on_conflict_do_update(index_elements=["consumer", "key", "version"], set_=changed), values)
+
+
+def _destroyed(connection: Connection, consumer: ConsumerId, writes: Sequence[RowWrite]) -> list[RowName]:
+    """What is there yet of material that these attributes say is destroyed: the log keeps its digests, and nothing keeps the rows."""
+    found = []
+    for row in (write.row for write in writes if write.row.version == 0):
+        if was_destroyed(row, 1):
+            versions = connection.execute(
+                select(rows.c.version).where(rows.c.consumer == consumer, rows.c.key == row.key, rows.c.version > 0)
+            )
+            found += [RowName(row.key, version) for version in versions.scalars() if was_destroyed(row, version)]
+    return found
+
+
+def _refuse_destroyed(connection: Connection, consumer: ConsumerId, writes: Sequence[RowWrite], current: dict[RowName, EscrowRow]) -> None:
+    """Material that was destroyed is not written again, even by a VCM that means to. Raises ``StateConflict``."""
+    material = [RowName(write.row.key, write.row.version) for write in writes if write.row.version > 0]
+    missing = list({RowName(name.key, 0) for name in material} - current.keys())
+    whole = current | {RowName(row.key, 0): row for row in read_rows(connection, consumer, missing)}
+    for name in material:
+        row = whole.get(RowName(name.key, 0))
+        if row is not None and was_destroyed(row, name.version):
+            raise StateConflict(f"row {name.subject} is of material that is destroyed")
 
 
 def _count(connection: Connection, consumer: ConsumerId, more: dict[str, int], limits: Settings) -> None:

@@ -10,6 +10,7 @@ from sqlalchemy.dialects.sqlite import insert as upsert
 
 from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, LogEntry, decode_attributes
 from cipherfleet.contract.ids import ConsumerId, KeyId
+from cipherfleet.contract.key_life import ALIASED
 from cipherfleet.contract.kmc_api import KeySearch, KeysFound
 from cipherfleet.kmc.schema import key_index, key_terms
 
@@ -18,7 +19,8 @@ _BEHIND_ALL = "\U0010ffff"
 
 def terms_of(attributes: KeyAttributes) -> frozenset[str]:
     """What a key is found by beside its columns, as whole words: ``KIND:VALUE``."""
-    return frozenset()
+    tags = {f"tag:{name}={value}" for name, value in attributes.tags.items()}
+    return frozenset(tags | ({ALIASED} if attributes.aliases else set()))
 
 
 def note(connection: Connection, consumer: ConsumerId, rows: Sequence[EscrowRow], log: Sequence[LogEntry]) -> None:
@@ -28,7 +30,8 @@ def note(connection: Connection, consumer: ConsumerId, rows: Sequence[EscrowRow]
         if row.version != 0:
             continue
         attributes = decode_attributes(row)
-        assert isinstance(attributes, KeyAttributes)  # noqa: S101 - of version 0
+        if not isinstance(attributes, KeyAttributes):
+            continue  # an alias
         columns = {"algorithm": attributes.algorithm, "state": attributes.state.value, "label": attributes.label}
         values.append({"consumer": consumer, "key": row.key, "position": entry.sequence, **columns})
         terms += [{"consumer": consumer, "term": term, "key": row.key} for term in terms_of(attributes)]

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, field
 
+from cipherfleet.contract import key_life
 from cipherfleet.contract.algorithms import Algorithm
 from cipherfleet.contract.errors import ErrorBody, Malformed, TooLarge
 from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
@@ -31,7 +32,7 @@ MAX_RANDOM_BYTES = 1024 * 1024
 MAX_DIGEST_BYTES = 4096
 MAX_JSON_BYTES = 256 * 1024
 MAX_BATCH_BYTES = 8 * 1024 * 1024
-MAX_LABEL_CHARACTERS = 256
+MAX_LABEL_CHARACTERS = key_life.MAX_LABEL_CHARACTERS
 
 RequestId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 

@@ -15,6 +15,7 @@ from cipherfleet.channel.server import Server
 from cipherfleet.computing import engine_wrap
 from cipherfleet.computing.card_function import VirtualFunction
 from cipherfleet.computing.vcm_escrow import Escrow
+from cipherfleet.computing.vcm_key_life import KeyLife
 from cipherfleet.computing.vcm_keys import Keys
 from cipherfleet.computing.vcm_process import KEEPALIVE_TIMEOUT_S, MAX_PER_CERTIFICATE
 from cipherfleet.contract.errors import (
@@ -30,6 +31,7 @@ from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, VcmId
 from cipherfleet.contract.kmc_api import AuditEntry, AuditLog, CardReply
 from cipherfleet.contract.messages import Chain
 from cipherfleet.contract.profile import Profile
+from cipherfleet.contract.settings import Settings
 from cipherfleet.contract.statements import LeaseStatement, Right, SealedShare, Signed
 from cipherfleet.contract.vcc import CmkDelivery, Completion, Operation
 from cipherfleet.contract.vcm_api import LoginReply
@@ -108,6 +110,7 @@ class StageHost:
     def __init__(self, card: StageCard, consumer: ConsumerId, escrow: Escrow) -> None:
         self.id, self.consumer, self.card, self.escrow = VCM, consumer, card, escrow
         self.keys = Keys(escrow, card)
+        self.key_life = KeyLife(self.keys, escrow, Settings())
         self.rights: dict[str, tuple[Right, ...]] = {"shop": ALL_RIGHTS}
         self.revoked: set[str] = set()
         self.serves_on: list[str] = []

@@ -39,6 +39,12 @@ ROUTES: dict[tuple[str, str], tuple[Right, ...]] = {
     ("POST", "/v1/keys/{key}/enable"): (Right.MANAGE,),
     ("POST", "/v1/keys/{key}/disable"): (Right.MANAGE,),
     ("POST", "/v1/keys/{key}/delete"): (Right.MANAGE,),
+    ("POST", "/v1/keys/{key}/schedule-deletion"): (Right.MANAGE,),
+    ("POST", "/v1/keys/{key}/cancel-deletion"): (Right.MANAGE,),
+    ("POST", "/v1/keys/{key}/update"): (Right.MANAGE,),
+    ("GET", "/v1/aliases"): (Right.SHOW,),
+    ("PUT", "/v1/aliases/{alias}"): (Right.MANAGE,),
+    ("DELETE", "/v1/aliases/{alias}"): (Right.MANAGE,),
     ("POST", "/v1/keys/{key}/encrypt"): (Right.ENCRYPT,),
     ("POST", "/v1/decrypt"): (Right.DECRYPT,),
     ("POST", "/v1/keys/{key}/decrypt"): (Right.DECRYPT,),
@@ -77,7 +83,7 @@ async def call(session: aiohttp.ClientSession, method: str, path: str, **how: An
 
 
 def concrete(path: str, key: str = KEY) -> str:
-    return path.format(key=key, algorithm="SHA-256", request=KEY) + ("?bytes=3" if path == "/v1/random" else "")
+    return path.format(key=key, algorithm="SHA-256", request=KEY, alias="name") + ("?bytes=3" if path == "/v1/random" else "")
 
 
 def test_the_table_of_routes_is_whole(stage: Stage) -> None:
@@ -118,7 +124,8 @@ async def test_an_application_that_was_never_signed_in(stage: Stage) -> None:
 
 @pytest.mark.parametrize(("method", "path"), [r for r in ROUTES if "{key}" in r[1]], ids=" ".join)
 async def test_keys_that_are_not_there(raw: aiohttp.ClientSession, method: str, path: str) -> None:
-    bodies = {"data-key": b"{}", "agree": b'{"peer": ""}', "derive": b'{"length": 32}', "decapsulate": b'{"ciphertext": ""}'}
+    bodies = dict.fromkeys(("data-key", "update", "schedule-deletion"), b"{}")
+    bodies |= {"agree": b'{"peer": ""}', "derive": b'{"length": 32}', "decapsulate": b'{"ciphertext": ""}'}
     how: dict[str, Any] = {"data": bodies.get(path.rpartition("/")[2], b"data")} if method == "POST" else {}
     how["headers"] = {"X-Cipherfleet-Signature": "AAAA"}
     assert await call(raw, method, concrete(path, str(new_key_id())), **how) == (404, "key-unknown")
@@ -126,7 +133,7 @@ async def test_keys_that_are_not_there(raw: aiohttp.ClientSession, method: str, 
         assert await call(raw, method, concrete(path, bad), **how) == (400, "malformed")
 
 
-JSON_ROUTES = ["/v1/keys", "/v1/keys/batch", "/v1/keys/{key}/data-key"]
+JSON_ROUTES = ["/v1/keys", "/v1/keys/batch", "/v1/keys/{key}/data-key", "/v1/keys/{key}/update", "/v1/keys/{key}/schedule-deletion"]
 
 
 @pytest.mark.parametrize("path", JSON_ROUTES)
@@ -137,7 +144,7 @@ JSON_ROUTES = ["/v1/keys", "/v1/keys/batch", "/v1/keys/{key}/data-key"]
         (b"{", 400),
         (b"[]", 400),
         (b"\xff\xfe", 400),
-        (b'{"algorithm": 7, "length": "x"}', 400),
+        (b'{"algorithm": 7, "length": "x", "label": 7, "days": "x"}', 400),
         (b"x" * 300_000, 413),
         (b"[" * 5000, 400),
     ],

@@ -8,7 +8,7 @@ import msgspec
 import typer
 
 from cipherfleet.app import output
-from cipherfleet.app.commands.key import ask
+from cipherfleet.app.commands.asking import ask
 from cipherfleet.app.options import Json, State, run
 from cipherfleet.app.wiring import Cloud
 from cipherfleet.contract.algorithms import REGISTRY

@@ -13,12 +13,13 @@ import typer
 
 from cipherfleet import Client
 from cipherfleet.app import output
-from cipherfleet.app.commands.key import ask, from_pem
+from cipherfleet.app.commands.asking import ask
+from cipherfleet.app.commands.key import from_pem
 from cipherfleet.app.options import In, Json, ProfileFile, read_file, read_small, run
 from cipherfleet.contract.errors import FileProblem, Malformed
 from cipherfleet.services.wire import BatchAskItem
 
-Key = Annotated[str, typer.Option("--key", help="The key's id.")]
+Key = Annotated[str, typer.Option("--key", help="The key's id, or alias/NAME.")]
 KeyIfKnown = Annotated[
     str | None, typer.Option("--key", help="The only key that it may be of; a bare ciphertext needs it.", show_default=False)
 ]

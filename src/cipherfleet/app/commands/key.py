@@ -2,28 +2,30 @@
 
 import base64
 import textwrap
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import msgspec
 import typer
 
-from cipherfleet import Client
 from cipherfleet.app import output
-from cipherfleet.app.options import In, Json, ProfileFile, read_small, run
+from cipherfleet.app.commands import key_alias
+from cipherfleet.app.commands.asking import ask
+from cipherfleet.app.options import In, Json, ProfileFile, read_small
 from cipherfleet.channel import codec
 from cipherfleet.contract.errors import Malformed
 from cipherfleet.contract.vcm_api import KeyDescription
 from cipherfleet.services.middleware.envelope import NewKey
 
-app = typer.Typer(help="Keys: create, import, list, show, rotate, enable, disable, delete.", no_args_is_help=True)
+app = typer.Typer(help="Keys: create, import, list, show, update, rotate, enable, disable, delete, alias.", no_args_is_help=True)
+app.add_typer(key_alias.app, name="alias")
 
 T = TypeVar("T")
 SHOWN = 1000
 MAX_BATCH_FILE_BYTES = 512 * 1024 * 1024
 Bare = Annotated[bool, typer.Option(help="An AEAD key whose ciphertexts are nonce, ciphertext and tag as the standard has them.")]
-KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id.")]
+KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id, or alias/NAME.")]
 
 
 @app.command()
@@ -83,7 +85,7 @@ def import_(
 def list_(
     profile: ProfileFile,
     label: Annotated[str, typer.Option(help="Only keys whose label begins so.")] = "",
-    state: Annotated[str, typer.Option(help="Only keys of this state: enabled, disabled, deleted.")] = "",
+    state: Annotated[str, typer.Option(help="Only keys of this state: enabled, disabled, pending-deletion, deleted.")] = "",
     algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="Only keys of this algorithm.")] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many.", show_default=False)] = None,
     everything: Annotated[bool, typer.Option("--all", help="All of them, however many: what --json does by default.")] = False,
@@ -134,26 +136,48 @@ def disable(key: KeyArgument, profile: ProfileFile, json: Json = False) -> None:
 
 
 @app.command()
+def update(
+    key: KeyArgument,
+    profile: ProfileFile,
+    label: Annotated[str | None, typer.Option(help="A new name for people.", show_default=False)] = None,
+    tag: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Add or replace a tag.", show_default=False)] = None,
+    untag: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Remove a tag.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """Change a key's label and tags."""
+    tags = dict(map(_tag, tag or ()))
+    _show(ask(profile, lambda client: client.update_key(key, label=label, tags=tags, untag=untag or ())), as_json=json)
+
+
+@app.command()
 def delete(
     key: KeyArgument,
     profile: ProfileFile,
+    days: Annotated[float | None, typer.Option(help="How long it waits (default 30, from 7 on).", show_default=False)] = None,
+    now: Annotated[bool, typer.Option("--now", help="Destroy it at once.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     json: Json = False,
 ) -> None:
-    """Delete a key: what it encrypted cannot be read any more."""
+    """Schedule a key's deletion: it refuses every use at once, and is destroyed after a waiting time; or destroy it `--now`."""
+    if now and days is not None:
+        raise Malformed("--now does not wait, so it goes with no --days")
     if not yes and not json:
-        typer.confirm(f"Delete {key}? What it encrypted is lost.", abort=True, err=True)
-    _show(ask(profile, lambda client: client.delete_key(key)), as_json=json)
+        lost = "What it encrypted is lost" if now else "No use from now on, and what it encrypted is lost when it is destroyed"
+        typer.confirm(f"Delete {key}? {lost}.", abort=True, err=True)
+    _show(ask(profile, lambda client: client.delete_key(key) if now else client.schedule_key_deletion(key, days=days)), as_json=json)
 
 
-def ask(profile: Path, question: Callable[[Client], Awaitable[T]]) -> T:
-    """One question to a VCM."""
+@app.command("cancel-deletion")
+def cancel_deletion(key: KeyArgument, profile: ProfileFile, json: Json = False) -> None:
+    """Get a key back whose deletion is scheduled; it is disabled then."""
+    _show(ask(profile, lambda client: client.cancel_key_deletion(key)), as_json=json)
 
-    async def work() -> T:
-        async with Client(profile) as client:
-            return await question(client)
 
-    return run(work())
+def _tag(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise Malformed(f"{text!r} is no NAME=VALUE")
+    return name, value
 
 
 def to_pem(der: bytes) -> bytes:
@@ -207,5 +231,7 @@ def _show(key: KeyDescription, *, as_json: bool) -> None:
         output.document(key)
         return
     facts = {**msgspec.to_builtins(key), "created_at": output.moment(key.created_at)}
-    rows = [(name.replace("_", " "), value) for name, value in facts.items() if value not in ("", (), [], None)]
+    if key.delete_at is not None:
+        facts["delete_at"] = output.moment(key.delete_at)
+    rows = [(name.replace("_", " "), value) for name, value in facts.items() if value not in ("", (), [], {}, None)]
     output.table("key", ("what", "value"), rows)

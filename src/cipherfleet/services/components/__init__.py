@@ -9,7 +9,13 @@
     POST /v1/import/batch              KeysImportRequest -> KeyListReply, all or none   create
     GET  /v1/keys                      -> KeyListReply (?limit=&after=&label=&state=&algorithm=)  show
     GET  /v1/keys/{key}                -> KeyDescription                                show
-    POST /v1/keys/{key}/rotate, enable, disable, delete  -> KeyDescription              manage
+    POST /v1/keys/{key}/rotate, enable, disable  -> KeyDescription                      manage
+    POST /v1/keys/{key}/update         KeyUpdate -> KeyDescription                      manage
+    POST /v1/keys/{key}/schedule-deletion  DeletionRequest -> KeyDescription            manage
+    POST /v1/keys/{key}/cancel-deletion, delete (at once)  -> KeyDescription            manage
+    GET  /v1/aliases                   -> AliasListReply                                show
+    PUT  /v1/aliases/{alias}           AliasRequest -> KeyDescription                   manage
+    DELETE /v1/aliases/{alias}         -> Done                                          manage
     POST /v1/keys/{key}/encrypt        plaintext -> ciphertext                          encrypt
     POST /v1/decrypt                   ciphertext -> plaintext                          decrypt
     POST /v1/keys/{key}/decrypt        ciphertext, bare or a message -> plaintext       decrypt
@@ -27,7 +33,8 @@
     GET  /v1/endpoints, algorithms, health, requests/{request}/error                    any
     POST /v1/login                     Signed[LoginStatement] -> LoginReply             (the terminal)
 
-The last column is the right that a Ukey-signed statement must grant. Decrypting, ``X-Cipherfleet-Key`` may name the key that the
+The last column is the right that a Ukey-signed statement must grant. A key is named by its id or as ``alias/NAME``
+(``alias%2FNAME`` in a path). Decrypting, ``X-Cipherfleet-Key`` may name the key that the
 ciphertext must have been made with. Headers (base64): ``X-Cipherfleet-Context``,
 ``X-Cipherfleet-Target-Context`` (at most 4 KiB), ``X-Cipherfleet-Signature``; ``X-Cipherfleet-Digest`` chooses a digest,
 ``X-Cipherfleet-Prehashed: true`` says that the message is one. What a bare key encrypts (see ``contract.vcc.StreamRequest``) names no key:
@@ -43,6 +50,7 @@ from cipherfleet.services.components.agreements import Agreements
 from cipherfleet.services.components.batches import Batches
 from cipherfleet.services.components.ciphers import Ciphers
 from cipherfleet.services.components.keys import Keys
+from cipherfleet.services.components.life import Life
 from cipherfleet.services.components.routes import Routes
 from cipherfleet.services.components.service import Service
 from cipherfleet.services.components.signatures import Signatures
@@ -54,6 +62,7 @@ def mount(server: Server, host: VcmHost, *, stall_s: float = STALL_S) -> None:
     """Add all routes to ``server``. A peer that neither sends nor takes anything for ``stall_s`` seconds is given up."""
     routes = Routes(server, host, stall_s)
     Keys(routes)
+    Life(routes)
     Ciphers(routes)
     Signatures(routes)
     Agreements(routes)

@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import msgspec
-
 from cipherfleet.channel import codec
 from cipherfleet.channel.server import Call
 from cipherfleet.contract.algorithms import Use, by_number
@@ -110,7 +108,7 @@ class Batches:
         keys = self._routes.host.keys
         named = None
         if item.key:
-            named = await keys.use(_key_id(item.key), version=item.version)
+            named = await keys.use(await self._routes.named_key(item.key), version=item.version)
             self._routes.check_use(named, *USES[item.operation])
         if item.operation is Verb.REENCRYPT or (item.operation is Verb.DECRYPT and (named is None or not named.bare)):
             return await self._from_message(number, item, request, named)
@@ -144,13 +142,6 @@ class Batches:
             key, version = ("", 0) if ready.use is None else (ready.use.key, ready.use.version)
             answers[ready.number] = wire.BatchReplyItem(done.data[at : at + result.length], key, version, result.error)
             at += result.length
-
-
-def _key_id(text: str) -> KeyId:
-    try:
-        return msgspec.convert(text, KeyId)
-    except msgspec.ValidationError as exc:
-        raise Malformed("an item's key is no key id") from exc
 
 
 def _parts(ready: list[_Ready]) -> Iterator[list[_Ready]]:

@@ -1,5 +1,7 @@
 """Encrypt, decrypt, re-encrypt and data keys: ciphertexts in the format of ``contract.ciphertext``, streamed both ways."""
 
+from urllib.parse import unquote
+
 from cipherfleet.channel import codec
 from cipherfleet.channel.server import Call
 from cipherfleet.contract.algorithms import Kind, Use, algorithm, by_number
@@ -93,7 +95,7 @@ class Ciphers:
         await body.fill(HEADER_BYTES - 1)
         raw = body.take(HEADER_BYTES)
         header = Header.decode(raw)
-        if expected is not None and header.key != expected:
+        if expected is not None and header.key != await self._routes.named_key(unquote(expected)):
             raise CiphertextForeignKey("the ciphertext was made with another key than the one that was named")
         named = by_number(header.algorithm)
         use = self._routes.check_use(await self._routes.host.keys.use(KeyId(header.key), version=header.version), Use.ENCRYPT)

@@ -7,7 +7,7 @@ from cipherfleet.channel.server import Call
 from cipherfleet.contract.algorithms import Kind, algorithm
 from cipherfleet.contract.errors import Malformed, WrongKeyType
 from cipherfleet.contract.escrow import KeyState
-from cipherfleet.contract.ids import KeyId
+from cipherfleet.contract.key_life import check_label
 from cipherfleet.contract.statements import Right
 from cipherfleet.contract.vcc import CardDescription, Operation
 from cipherfleet.contract.vcm_api import (
@@ -25,7 +25,7 @@ from cipherfleet.services import wire
 from cipherfleet.services.components.bodies import whole_number
 from cipherfleet.services.components.routes import Routes, actor
 
-_STATES = {"enable": KeyState.ENABLED, "disable": KeyState.DISABLED, "delete": KeyState.DELETED}
+_STATES = {"enable": KeyState.ENABLED, "disable": KeyState.DISABLED}
 
 
 class Keys:
@@ -96,14 +96,14 @@ class Keys:
         return await self._routes.host.keys.list_keys(query)
 
     async def describe(self, call: Call) -> KeyDescription:
-        return await self._routes.host.keys.describe(call.path("key", KeyId))
+        return await self._routes.host.keys.describe(await self._routes.key_id(call))
 
     async def rotate(self, call: Call) -> KeyDescription:
-        return await self._routes.host.keys.rotate(call.path("key", KeyId), actor=actor(call))
+        return await self._routes.host.keys.rotate(await self._routes.key_id(call), actor=actor(call))
 
     def _setter(self, state: KeyState) -> Callable[[Call], Awaitable[KeyDescription]]:
         async def set_state(call: Call) -> KeyDescription:
-            return await self._routes.host.keys.set_state(call.path("key", KeyId), state, actor=actor(call))
+            return await self._routes.host.keys.set_state(await self._routes.key_id(call), state, actor=actor(call))
 
         return set_state
 
@@ -120,6 +120,5 @@ def _check(request: KeyCreateRequest | KeyImportRequest) -> str:
         raise WrongKeyType(f"{chosen.name} is a digest, it has no keys")
     if request.bare and chosen.kind is not Kind.AEAD and not chosen.bare_only:
         raise WrongKeyType(f"a key of {chosen.name} encrypts nothing, so it cannot be bare")
-    if len(request.label) > wire.MAX_LABEL_CHARACTERS or not request.label.isprintable():
-        raise Malformed(f"a label has at most {wire.MAX_LABEL_CHARACTERS} characters, all printable")
+    check_label(request.label)
     return chosen.name

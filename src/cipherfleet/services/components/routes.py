@@ -3,13 +3,15 @@
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
+import msgspec
 from aiohttp import web
 
 from cipherfleet.channel.server import Call, Server
 from cipherfleet.contract.algorithms import Use, algorithm
-from cipherfleet.contract.errors import CipherfleetError, ErrorBody, Internal, NotPermitted, WrongKeyType
+from cipherfleet.contract.errors import CipherfleetError, ErrorBody, Internal, Malformed, NotPermitted, WrongKeyType
 from cipherfleet.contract.identities import Role
 from cipherfleet.contract.ids import KeyId, Serial
+from cipherfleet.contract.key_life import ALIAS_PREFIX
 from cipherfleet.contract.statements import Right
 from cipherfleet.contract.vcc import StreamRequest
 from cipherfleet.contract.vcm import KeyUse, VcmHost
@@ -61,7 +63,20 @@ class Routes:
 
     async def key_use(self, call: Call, *uses: Use, version: int | None = None) -> KeyUse:
         """The key that the path names, fit for one of ``uses``. Raises ``WrongKeyType`` and what ``KeyStore.use`` raises."""
-        return self.check_use(await self.host.keys.use(call.path("key", KeyId), version=version), *uses)
+        return self.check_use(await self.host.keys.use(await self.key_id(call), version=version), *uses)
+
+    async def key_id(self, call: Call) -> KeyId:
+        """The key that the path names, by its id or as ``alias/NAME``. Raises ``Malformed`` or ``AliasUnknown``."""
+        return await self.named_key(call.path("key", str))
+
+    async def named_key(self, name: str) -> KeyId:
+        """As ``key_id``, of a name from elsewhere."""
+        if name.startswith(ALIAS_PREFIX):
+            return await self.host.key_life.resolve(name.removeprefix(ALIAS_PREFIX))
+        try:
+            return msgspec.convert(name, KeyId)
+        except msgspec.ValidationError as exc:
+            raise Malformed("a key is named by its id (32 hex digits) or as alias/NAME") from exc
 
     @staticmethod
     def check_use(found: KeyUse, *uses: Use) -> KeyUse:

@@ -5,7 +5,6 @@ from aiohttp import web
 from cipherfleet.channel.server import Call
 from cipherfleet.contract.algorithms import Kind, Use, algorithm
 from cipherfleet.contract.errors import CipherfleetError, Internal, MacInvalid, Malformed, SignatureInvalid, WrongKeyType
-from cipherfleet.contract.ids import KeyId
 from cipherfleet.contract.statements import Right
 from cipherfleet.contract.vcc import StreamRequest, Verb
 from cipherfleet.contract.vcm import KeyUse
@@ -80,7 +79,7 @@ class Signatures:
         newest = await self._routes.key_use(call, use, version=version)
         if version is not None:
             return [newest]
-        described = await self._routes.host.keys.describe(call.path("key", KeyId))
+        described = await self._routes.host.keys.describe(newest.key)
         older = sorted((v for v in described.versions if v != newest.version), reverse=True)[: MAX_TRIED_VERSIONS - 1]
         return [newest, *[await self._routes.key_use(call, use, version=v) for v in older]]
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self, TypeAlias
 from urllib.parse import quote, urlencode
@@ -10,11 +10,17 @@ from urllib.parse import quote, urlencode
 from cipherfleet.contract.algorithms import Algorithm
 from cipherfleet.contract.errors import TooLarge
 from cipherfleet.contract.ids import KeyId
+from cipherfleet.contract.key_life import ALIAS_PREFIX, KeyUpdate
 from cipherfleet.contract.kmc_api import AuditEntry, AuditLog
+from cipherfleet.contract.messages import Done
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.vcm_api import (
     MAX_KEYS_AT_ONCE,
+    AliasEntry,
+    AliasListReply,
+    AliasRequest,
     DataKeyReply,
+    DeletionRequest,
     EncapsulationReply,
     EndpointsReply,
     ImportTarget,
@@ -159,8 +165,37 @@ class Client:
         return await self._connection.ask("POST", _path(key, "disable"), KeyDescription)
 
     async def delete_key(self, key: str) -> KeyDescription:
-        """For good: what the key encrypted cannot be read any more."""
+        """At once and for good: what the key encrypted cannot be read any more."""
         return await self._connection.ask("POST", _path(key, "delete"), KeyDescription)
+
+    # -- names, tags, the end ------------------------------------------------------------------------------------------
+
+    async def update_key(
+        self, key: str, *, label: str | None = None, tags: Mapping[str, str] | None = None, untag: Iterable[str] = ()
+    ) -> KeyDescription:
+        """Change the label, add or replace ``tags``, remove those that ``untag`` names. Raises ``LimitReached`` or ``TooLarge``."""
+        change = KeyUpdate(label, dict(tags or {}), tuple(untag))
+        return await self._connection.ask("POST", _path(key, "update"), KeyDescription, body=change)
+
+    async def set_alias(self, name: str, key: str) -> KeyDescription:
+        """Make the alias ``name``, or move it; from then on ``alias/NAME`` names ``key`` wherever a key's id does."""
+        return await self._connection.ask("PUT", _alias(name), KeyDescription, body=AliasRequest(key))
+
+    async def delete_alias(self, name: str) -> None:
+        """The key stays. Deleting what is gone succeeds."""
+        await self._connection.ask("DELETE", _alias(name), Done)
+
+    async def list_aliases(self) -> tuple[AliasEntry, ...]:
+        """As far as the KMC's index knows of them; each is checked."""
+        return (await self._connection.ask("GET", "/v1/aliases", AliasListReply)).aliases
+
+    async def schedule_key_deletion(self, key: str, *, days: float | None = None) -> KeyDescription:
+        """Refuse every use from now on, and destroy the key in ``days`` (default 30, from 7 on). Raises ``KeyDeleted``."""
+        return await self._connection.ask("POST", _path(key, "schedule-deletion"), KeyDescription, body=DeletionRequest(days))
+
+    async def cancel_key_deletion(self, key: str) -> KeyDescription:
+        """The key is there again, disabled. Raises ``KeyDeleted`` when its time is over."""
+        return await self._connection.ask("POST", _path(key, "cancel-deletion"), KeyDescription)
 
     # -- encryption ----------------------------------------------------------------------------------------------------
 
@@ -372,6 +407,10 @@ def _path(key: str, verb: str = "") -> str:
 
 def _decrypt(key: str | None) -> str:
     return "/v1/decrypt" if key is None else _path(key, "decrypt")
+
+
+def _alias(name: str) -> str:
+    return f"/v1/aliases/{quote(name.removeprefix(ALIAS_PREFIX), safe='')}"
 
 
 def _contexts(

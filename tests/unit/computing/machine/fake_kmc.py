@@ -38,9 +38,11 @@ from cipherfleet.contract.escrow import (
     genesis,
     row_digest,
     statement_digest,
+    was_destroyed,
 )
 from cipherfleet.contract.identities import Identity, Peer, Role
 from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, Serial, VcmId
+from cipherfleet.contract.key_life import terms_of
 from cipherfleet.contract.kmc_api import (
     AuditEntry,
     AuditLog,
@@ -158,7 +160,11 @@ class FakeConsumer:
 
     def search(self, wanted: KeySearch) -> tuple[KeyId, ...]:
         of_key = {key: decode_attributes(row) for (key, version), row in self.rows.items() if version == 0}
-        return tuple(key for key, made in of_key.items() if isinstance(made, KeyAttributes) and made.label.startswith(wanted.label))
+        return tuple(
+            key
+            for key, made in of_key.items()
+            if isinstance(made, KeyAttributes) and made.label.startswith(wanted.label) and set(wanted.terms) <= terms_of(made)
+        )
 
     def rows_page(self, after: str) -> RowsReply:
         key, _, version = after.partition("/")
@@ -174,6 +180,9 @@ class FakeConsumer:
         for write in request.writes:
             self.rows[write.row.key, write.row.version] = write.row
             self.append(write.row.subject, row_digest(write.row))
+            for key, version in list(self.rows):
+                if key == write.row.key and version and write.row.version == 0 and was_destroyed(write.row, version):
+                    del self.rows[key, version]
         return EscrowReceipt(tuple(self.log[before:]))
 
     def append(self, subject: str, digest: bytes) -> None:

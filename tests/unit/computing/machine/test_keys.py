@@ -227,7 +227,7 @@ async def test_a_deleted_key_stays_deleted_and_leaves_the_card(store: Store) -> 
     made = await store.keys.create("Ed25519", label="", actor="a")
     await store.keys.rotate(made.id, actor="a")
     loaded = (await describe(store)).keys
-    gone = await store.keys.set_state(made.id, KeyState.DELETED, actor="a")
+    gone = await store.keys.destroy(made.id, actor="a")
     assert (gone.state, gone.public_key) == ("deleted", b"")
     assert (await describe(store)).keys == loaded - 2
     with pytest.raises(KeyDeleted):
@@ -253,7 +253,7 @@ async def test_what_another_vcm_did_is_seen(world: World, store: Store) -> None:
     assert (await store.keys.use(made.id)).version == 1  # unknown here: looked up
     await other.keys.rotate(made.id, actor="a")
     assert (await store.keys.use(made.id, version=2)).version == 2  # likewise
-    await other.keys.set_state(made.id, KeyState.DELETED, actor="a")
+    await other.keys.destroy(made.id, actor="a")
     await store.keys.refresh()
     assert (await describe(store)).keys == 0
     with pytest.raises(KeyDeleted):
@@ -342,7 +342,7 @@ async def test_pages_are_in_the_order_of_creation_and_whole(world: World, store:
     first = await store.keys.list_keys(KeyQuery(limit=3))
     assert [key.label for key in first.keys] == ["0", "1", "2"]
     made.append(await store.keys.create("AES-256-GCM", label="new", actor="a"))
-    await store.keys.set_state(made[4].id, KeyState.DELETED, actor="a")
+    await store.keys.destroy(made[4].id, actor="a")
     rest = await listed((await world.store()).keys, KeyQuery(limit=3, after=first.next))  # any VCM goes on
     assert [key.label for key in rest] == ["3", "4", "5", "6", "new"]
     exact = await store.keys.list_keys(KeyQuery(limit=8))
@@ -612,8 +612,8 @@ async def test_a_row_that_was_kept_back_is_a_rollback(world: World, store: Store
     await store.keys.set_state(made.id, KeyState.DISABLED, actor="a")
     disabled = store.consumer.rows[made.id, 0]
     enabled = KeyAttributes("AES-256-GCM", KeyState.ENABLED, 1, 3, 0.0)
-    kept_back = await store.keys._seal(made.id, enabled, disabled)
-    await store.keys.set_state(made.id, KeyState.DELETED, actor="a")
+    kept_back = await store.keys.seal(made.id, enabled, disabled)
+    await store.keys.destroy(made.id, actor="a")
     for row in (disabled, kept_back):
         store.consumer.rows[made.id, 0] = row
         store.consumer.append(row.subject, row_digest(row))
@@ -657,7 +657,7 @@ async def test_attributes_of_an_older_revision_are_refused(store: Store, monkeyp
     made = await store.keys.create("AES-256-GCM", label="", actor="a")
     await store.keys.rotate(made.id, actor="a")
     newest = store.consumer.rows[made.id, 0]
-    older = await store.keys._seal(made.id, KeyAttributes("AES-256-GCM", KeyState.ENABLED, 1, 1, 0.0), newest)
+    older = await store.keys.seal(made.id, KeyAttributes("AES-256-GCM", KeyState.ENABLED, 1, 1, 0.0), newest)
     store.consumer.rows[made.id, 0] = older
     store.consumer.append(older.subject, row_digest(older))
     await store.keys.refresh()
