@@ -30,6 +30,7 @@ from cipherfleet.contract.errors import (
     CipherfleetError,
     CmkInvalid,
     ForeignConsumer,
+    KeyExpired,
     LeaseExpired,
     Malformed,
     SealedForeign,
@@ -504,7 +505,9 @@ class VirtualFunction:
             return exc
 
     def _permit(self, key: Key, *, protect: bool = True) -> None:
-        """Raises ``PolicyRefused``."""
+        """Raises ``PolicyRefused`` or ``KeyExpired``."""
+        if protect and key.not_after and self._wall_clock() >= key.not_after:
+            raise KeyExpired(f"key {key.id} has expired")
         rules = self._lease.policy
         if rules is not policy.INTERNATIONAL:
             age_s = self._wall_clock() - key.created_at

@@ -13,6 +13,7 @@ from contextlib import suppress
 import msgspec
 
 from cipherfleet.channel.server import Server
+from cipherfleet.computing.vcm_chores import Chores
 from cipherfleet.computing.vcm_escrow import Escrow, Kmc
 from cipherfleet.computing.vcm_grants import Grants, Logins
 from cipherfleet.computing.vcm_key_life import KeyLife
@@ -71,6 +72,7 @@ class Vcm:
         self._card = WatchedCard(card, self.end)
         self.escrow = Escrow(consumer, kmc, kmc_signing_key)
         self._keys = Keys(self.escrow, self._card)
+        self.chores = Chores(self._keys, settings.chores_s)
         self._key_life = KeyLife(self._keys, self.escrow, settings)
         self._grants = Grants(consumer, self.escrow, self._card)
         self._logins = Logins(id_, consumer, self._card)

@@ -23,6 +23,7 @@ from cipherfleet.contract.key_life import (
     require_alive,
     require_there,
     scheduled,
+    trimmed,
     updated,
     with_alias,
     without_alias,
@@ -128,6 +129,10 @@ class KeyLife:
             return scheduled(old, now + chosen * DAY_S)
 
         return await self._keys.change(key, decide, actor=actor, event="key-schedule-deletion")
+
+    async def trim(self, key: KeyId, before: int, *, actor: str) -> KeyDescription:
+        """Destroy the versions below ``before``. Raises ``Malformed``, ``KeyDeleted`` or ``KeyPendingDeletion``."""
+        return await self._keys.change(key, lambda old: trimmed(key, old, before, self._wall_clock()), actor=actor, event="key-trim")
 
     async def cancel_deletion(self, key: KeyId, *, actor: str) -> KeyDescription:
         """The key is disabled then. Raises ``KeyDeleted``; a key whose deletion is not scheduled stays as it is."""

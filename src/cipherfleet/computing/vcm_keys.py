@@ -14,6 +14,7 @@ from cipherfleet.channel import codec
 from cipherfleet.computing.vcm_escrow import Escrow
 from cipherfleet.computing.vcm_handles import Handles, Name
 from cipherfleet.computing.vcm_listing import find, fits
+from cipherfleet.computing.vcm_uses import Uses, block_of
 from cipherfleet.contract.algorithms import Algorithm, Kind, algorithm
 from cipherfleet.contract.errors import (
     CipherfleetError,
@@ -37,7 +38,21 @@ from cipherfleet.contract.escrow import (
     row_digest,
 )
 from cipherfleet.contract.ids import KeyId, new_key_id
-from cipherfleet.contract.key_life import destroyed, require_alive, require_usable, require_version
+from cipherfleet.contract.key_life import (
+    check_terms,
+    deletion_due,
+    destroyed,
+    next_rotation,
+    require_alive,
+    require_protecting,
+    require_usable,
+    require_version,
+    reserved,
+    rotated,
+    rotation_due,
+    uses_due,
+)
+from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.policy import INTERNATIONAL, refusal
 from cipherfleet.contract.vcc import Completion, ImportRequest, Operation, RowRequest, VirtualCryptoCard
 from cipherfleet.contract.vcm import KeyUse
@@ -47,6 +62,7 @@ Change = Callable[[KeyAttributes], KeyAttributes | None]
 _EVENTS = {KeyState.ENABLED: "key-enable", KeyState.DISABLED: "key-disable"}
 
 SWEEP_AGAIN_S = 1.0
+ATTEMPTS = 8
 AT_ONCE = 32
 """Requests to the card that one list or batch has under way."""
 
@@ -58,18 +74,19 @@ class Keys:
         self._escrow, self._card, self._wall_clock = escrow, card, wall_clock
         self._revisions: dict[KeyId, int] = {}  # of keys that changed
         self._handles = Handles(card)
+        self._uses = Uses(self._reserve)
         self.policy = INTERNATIONAL
         """What the card permits, as it said with the newest lease: told to those who ask, enforced by the card."""
 
     # -- the port ------------------------------------------------------------------------------------------------------
 
-    async def create(self, name: str, *, label: str, actor: str, bare: bool = False) -> KeyDescription:
-        """A new key. Raises ``AlgorithmUnknown``, ``WrongKeyType``, ``KmcUnavailable`` or what the card says."""
-        return await self._create(name, None, label, actor, "key-create", bare)
+    async def create(self, name: str, *, label: str, actor: str, bare: bool = False, terms: KeyTerms = NO_TERMS) -> KeyDescription:
+        """A new key. Raises ``AlgorithmUnknown``, ``WrongKeyType``, ``Malformed``, ``KmcUnavailable`` or what the card says."""
+        return await self._create(name, None, label, actor, "key-create", bare, check_terms(terms))
 
     async def import_key(self, name: str, sealed: bytes, *, label: str, actor: str, bare: bool = False) -> KeyDescription:
         """A new key of material that was sealed to this card. Raises as ``create``, ``SealedForeign`` or ``KeyMaterialInvalid``."""
-        return await self._create(name, sealed, label, actor, "key-import", bare)
+        return await self._create(name, sealed, label, actor, "key-import", bare, NO_TERMS)
 
     async def create_many(self, name: str, labels: Sequence[str], *, actor: str, bare: bool = False) -> list[KeyDescription]:
         """A key for each label, all or none. Raises as ``create``."""
@@ -79,10 +96,13 @@ class Keys:
         """All of these, or none. Raises as ``import_key``."""
         return await self._create_many(keys, actor, "key-import")
 
-    async def _create(self, name: str, sealed: bytes | None, label: str, actor: str, event: str, bare: bool) -> KeyDescription:
+    async def _create(
+        self, name: str, sealed: bytes | None, label: str, actor: str, event: str, bare: bool, terms: KeyTerms
+    ) -> KeyDescription:
         self._require_loaded()
         await self._escrow.require()
-        key, now, attributes = new_key_id(), time.time(), _first_attributes(name, label, actor, bare)
+        key, now, attributes = new_key_id(), self._wall_clock(), _first_attributes(name, label, actor, bare)
+        attributes = msgspec.structs.replace(attributes, created_at=now, terms=terms)
         await self._write_version(key, attributes, None, now, actor, event, sealed)
         return await self.describe(key)
 
@@ -110,15 +130,19 @@ class Keys:
             self._escrow.note_sealed(row)
         return [await self.describe(row.key) for row in rows if row.version == 0]
 
-    async def rotate(self, key: KeyId, *, actor: str) -> KeyDescription:
-        """A new current version; the old ones go on decrypting. Raises ``KeyUnknown``, ``KeyDisabled``, ``KeyDeleted``."""
+    async def rotate(self, key: KeyId, *, actor: str, due: bool = False) -> KeyDescription:
+        """A new current version; the old ones go on decrypting. ``due``: if it is, still, by the key's terms.
+
+        Raises ``KeyUnknown``, ``KeyDisabled``, ``KeyDeleted``, ``KeyPendingDeletion``, ``KeyNotYetValid`` or ``KeyExpired``.
+        """
 
         async def attempt() -> None:
             old, row = await self.attributes(key)
             now = self._wall_clock()
-            require_usable(key, old, now)
-            changed = msgspec.structs.replace(old, current_version=old.current_version + 1, revision=old.revision + 1)
-            await self._write_version(key, changed, row, now, actor, "key-rotate")
+            if due and not rotation_due(old, now):
+                return
+            require_protecting(key, old, now)
+            await self._write_version(key, rotated(old, now), row, now, actor, "key-rotate")
 
         await self.retry(attempt)
         return await self.describe(key)
@@ -132,16 +156,23 @@ class Keys:
 
         return await self.change(key, change, actor=actor, event=_EVENTS[state])
 
-    async def destroy(self, key: KeyId, *, actor: str) -> KeyDescription:
-        """Destroy all material of a key at once; destroying what is gone succeeds. Raises ``KeyUnknown``."""
+    async def destroy(self, key: KeyId, *, actor: str, due: bool = False) -> KeyDescription:
+        """Destroy all material of a key; destroying what is gone succeeds. ``due``: if its waiting time is over. Raises ``KeyUnknown``."""
 
         def change(old: KeyAttributes) -> KeyAttributes | None:
+            if due and not deletion_due(old, self._wall_clock()):
+                return None
             return None if old.state is KeyState.DELETED else destroyed(old, self._wall_clock())
 
         return await self.change(key, change, actor=actor, event="key-destroy")
 
     async def change(self, key: KeyId, change: Change, *, actor: str, event: str) -> KeyDescription:
-        """Write what ``change`` makes of a key's attributes, unless it makes nothing. It may be called twice, and raise."""
+        """Write what ``change`` makes of a key's attributes, unless it makes nothing. It may be called several times, and raise."""
+        await self._write_change(key, change, actor=actor, event=event)
+        await self._unload_destroyed(key)
+        return await self.describe(key)
+
+    async def _write_change(self, key: KeyId, change: Change, *, actor: str, event: str) -> None:
 
         async def attempt() -> None:
             old, row = await self.attributes(key)
@@ -151,8 +182,6 @@ class Keys:
                 await self._escrow.write((sealed,), replaces=(row,), actor=actor, event=event)
 
         await self.retry(attempt)
-        await self._unload_destroyed(key)
-        return await self.describe(key)
 
     async def describe(self, key: KeyId) -> KeyDescription:
         attributes, _ = await self.attributes(key)
@@ -176,15 +205,39 @@ class Keys:
             described = [one for one in described if fits(query, one)]
         return KeyListReply(tuple(described), after)
 
-    async def use(self, key: KeyId, *, version: int | None = None) -> KeyUse:
+    async def use(self, key: KeyId, *, version: int | None = None, protects: bool = False) -> KeyUse:
         attributes, _ = await self.attributes(key)
-        require_usable(key, attributes, self._wall_clock())
+        if protects:
+            require_protecting(key, attributes, self._wall_clock())
+            if attributes.terms.counted:
+                await self._uses.spend(key, 1)
+                attributes, _ = await self.attributes(key)
+        else:
+            require_usable(key, attributes, self._wall_clock())
         wanted = attributes.current_version if version is None else version
         require_version(key, attributes, wanted)
         handle = self._handles.take(Name(key, wanted))
         if handle is None:
             handle = await self._load(key, wanted)
         return KeyUse(key, wanted, attributes.algorithm, handle, attributes.bare)
+
+    async def _reserve(self, key: KeyId, wanted: int) -> int:
+        """Uses for this VCM, ``wanted`` or more, committed by the escrow. Raises ``KeyUsesSpent`` or ``StateConflict``."""
+        got = 0
+
+        def change(old: KeyAttributes) -> KeyAttributes:
+            nonlocal got
+            require_protecting(key, old, self._wall_clock())
+            limits = [limit for limit in (old.terms.max_uses, old.terms.rotation_uses) if limit]
+            new = reserved(key, old, wanted, block_of(min(limits, default=1)))
+            got = new.used - old.used
+            return new
+
+        attributes, _ = await self.attributes(key)
+        if uses_due(attributes):
+            await self.rotate(key, actor="schedule", due=True)
+        await self._write_change(key, change, actor="", event="key-uses-reserved")
+        return got
 
     def hold(self) -> AbstractContextManager[None]:
         return self._handles.hold()
@@ -298,6 +351,9 @@ class Keys:
             aliases=attributes.aliases,
             tags=attributes.tags,
             delete_at=attributes.delete_at or None,
+            terms=attributes.terms,
+            used=attributes.used,
+            next_rotation_at=next_rotation(attributes),
         )
 
     def _policy_says(self, chosen: Algorithm, attributes: KeyAttributes, version: VersionAttributes | None) -> str:
@@ -340,7 +396,7 @@ class Keys:
 
     async def _make(self, key: KeyId, attributes: KeyAttributes, now: float, imported: bytes | None) -> Completion:
         """The current version of ``attributes``, made or opened in the card. Raises what the card says."""
-        of_version = VersionAttributes(attributes.algorithm, now, bare=attributes.bare)
+        of_version = VersionAttributes(attributes.algorithm, now, bare=attributes.bare, not_after=attributes.terms.not_after)
         request = RowRequest(key, attributes.current_version, codec.encode(of_version))
         if imported is None:
             return await self._handles.submit(Operation.GENERATE, codec.encode(request))
@@ -359,12 +415,13 @@ class Keys:
         return handle
 
     async def retry(self, attempt: Callable[[], Awaitable[None]]) -> None:
-        """Once more with what is there now, when somebody else changed it first."""
-        try:
-            await attempt()
-        except StateConflict:
-            await self._escrow.refresh()
-            await attempt()
+        """Again with what is there now, when somebody else changed it first: a few times, as who hurries meets others who do."""
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return await attempt()
+            except StateConflict:
+                await self._escrow.refresh()
+        return await attempt()
 
 
 def _first_attributes(name: str, label: str, actor: str, bare: bool) -> KeyAttributes:

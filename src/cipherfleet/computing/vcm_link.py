@@ -203,6 +203,7 @@ class Link:
         if self._channel is not None:
             await self._channel.send(Serving())
         await self._on_serving()
+        self._spawn(self._vcm.chores.run())
         try:
             await self._vcm.keys.sweep()
         except Tampered as exc:

@@ -298,6 +298,24 @@ class KeyVersionTrimmed(Conflict):
     code = "key-version-trimmed"
 
 
+class KeyNotYetValid(Conflict):
+    code = "key-not-yet-valid"
+
+
+class KeyExpired(Conflict):
+    """Its time to protect anything is over; what it protected is still read and checked."""
+
+    code = "key-expired"
+    default_hint = "re-encrypt what it encrypted to another key"
+
+
+class KeyUsesSpent(Conflict):
+    """As many uses as the key may have are reserved by VCMs."""
+
+    code = "key-uses-spent"
+    default_hint = "use another key, or raise the limit with: cipherfleet key update --max-uses"
+
+
 class WrongKeyType(Conflict):
     code = "wrong-key-type"
 

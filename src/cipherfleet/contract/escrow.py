@@ -15,6 +15,7 @@ import msgspec
 
 from cipherfleet.contract.errors import EscrowRolledBack, EscrowRowTampered, Malformed
 from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId
+from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.statements import Signed
 
 APPLICATION = "application/"
@@ -46,6 +47,10 @@ class KeyAttributes(msgspec.Struct, frozen=True, omit_defaults=True):
     tags: dict[str, str] = msgspec.field(default_factory=dict)
     delete_at: float = 0.0  # when its material is to be destroyed, or was
     oldest_version: int = 1  # versions below are trimmed: destroyed
+    terms: KeyTerms = NO_TERMS
+    rotated_at: float = 0.0  # when the current version was made, 0: at ``created_at``
+    used: int = 0  # uses reserved by VCMs, of all versions
+    version_used: int = 0  # of the current version
 
 
 class AliasAttributes(msgspec.Struct, frozen=True, tag_field="kind", tag="alias"):
@@ -72,6 +77,7 @@ class VersionAttributes(msgspec.Struct, frozen=True):
     public_key: bytes = b""
     imported: bool = False
     bare: bool = False
+    not_after: float = 0.0  # unix seconds: the card protects nothing with it from then on; 0: for ever
 
 
 class EscrowRow(msgspec.Struct, frozen=True):

@@ -11,7 +11,10 @@ import msgspec
 from cipherfleet.contract.errors import (
     KeyDeleted,
     KeyDisabled,
+    KeyExpired,
+    KeyNotYetValid,
     KeyPendingDeletion,
+    KeyUsesSpent,
     KeyVersionTrimmed,
     LimitReached,
     Malformed,
@@ -19,9 +22,13 @@ from cipherfleet.contract.errors import (
 )
 from cipherfleet.contract.escrow import KeyAttributes, KeyState, is_destroyed
 from cipherfleet.contract.ids import KeyId
+from cipherfleet.contract.key_terms import KeyTerms
 from cipherfleet.contract.messages import Message
 
 ALIAS_PREFIX = "alias/"
+DUE = "due:"
+"""It finds keys that are to be destroyed or rotated some day by this one."""
+MIN_ROTATION_S = 1.0
 ALIASED = "alias:"
 """The KMC's index finds keys that have an alias by this word."""
 MAX_LABEL_CHARACTERS = 256
@@ -40,12 +47,19 @@ class KeyUpdate(Message, frozen=True):
     label: str | None = None
     tags: dict[str, str] = msgspec.field(default_factory=dict)
     untag: tuple[str, ...] = ()
+    not_before: float | None = None
+    not_after: float | None = None
+    rotation_s: float | None = None
+    rotation_uses: int | None = None
+    max_uses: int | None = None
 
 
 def terms_of(attributes: KeyAttributes) -> frozenset[str]:
     """What the KMC's index finds a key by beside its columns, as whole words: ``KIND:VALUE``."""
     tags = {f"tag:{name}={value}" for name, value in attributes.tags.items()}
-    return frozenset(tags | ({ALIASED} if attributes.aliases else set()))
+    terms, state = attributes.terms, attributes.state
+    due = state is KeyState.PENDING_DELETION or (state is KeyState.ENABLED and bool(terms.rotation_s or terms.rotation_uses))
+    return frozenset(tags | ({ALIASED} if attributes.aliases else set()) | ({DUE} if due else set()))
 
 
 def require_there(key: KeyId, attributes: KeyAttributes, now: float) -> None:
@@ -62,10 +76,77 @@ def require_alive(key: KeyId, attributes: KeyAttributes, now: float) -> None:
 
 
 def require_usable(key: KeyId, attributes: KeyAttributes, now: float) -> None:
-    """That a key may process. Raises ``KeyDisabled`` or what ``require_alive`` raises."""
+    """That a key may process. Raises ``KeyDisabled``, ``KeyNotYetValid`` or what ``require_alive`` raises."""
     require_alive(key, attributes, now)
     if attributes.state is KeyState.DISABLED:
         raise KeyDisabled(f"key {key} is disabled")
+    if now < attributes.terms.not_before:
+        raise KeyNotYetValid(f"the time of key {key} has not come")
+
+
+def require_protecting(key: KeyId, attributes: KeyAttributes, now: float) -> None:
+    """That a key may protect. Raises ``KeyExpired`` or what ``require_usable`` raises."""
+    require_usable(key, attributes, now)
+    if attributes.terms.not_after and now >= attributes.terms.not_after:
+        raise KeyExpired(f"key {key} has expired")
+
+
+def reserved(key: KeyId, attributes: KeyAttributes, wanted: int, block: int) -> KeyAttributes:
+    """With ``block`` more uses reserved, or as many as are left if that is enough. Raises ``KeyUsesSpent``."""
+    most = attributes.terms.max_uses
+    more = max(block, wanted) if not most else min(max(block, wanted), most - attributes.used)
+    if more < wanted:
+        raise KeyUsesSpent(f"key {key} may protect {most} times, and that is reserved")
+    return msgspec.structs.replace(attributes, used=attributes.used + more, version_used=attributes.version_used + more)
+
+
+def next_rotation(attributes: KeyAttributes) -> float | None:
+    """When a key is to be rotated by its period, unix seconds."""
+    if not attributes.terms.rotation_s or attributes.state is not KeyState.ENABLED:
+        return None
+    return (attributes.rotated_at or attributes.created_at) + attributes.terms.rotation_s
+
+
+def uses_due(attributes: KeyAttributes) -> bool:
+    """Whether the current version was used as often as it is to be."""
+    return 0 < attributes.terms.rotation_uses <= attributes.version_used
+
+
+def rotation_due(attributes: KeyAttributes, now: float) -> bool:
+    terms, due = attributes.terms, next_rotation(attributes)
+    if attributes.state is not KeyState.ENABLED or now < terms.not_before or (terms.not_after and now >= terms.not_after):
+        return False
+    return uses_due(attributes) or (due is not None and now >= due)
+
+
+def deletion_due(attributes: KeyAttributes, now: float) -> bool:
+    return attributes.state is KeyState.PENDING_DELETION and now >= attributes.delete_at
+
+
+def check_terms(terms: KeyTerms) -> KeyTerms:
+    """Raises ``Malformed``."""
+    numbers = (terms.not_before, terms.not_after, terms.rotation_s, terms.rotation_uses, terms.max_uses)
+    if not all(0 <= number < 2**53 for number in numbers):
+        raise Malformed("a key's terms are not negative, nor out of all bounds")
+    if terms.not_after and terms.not_after <= terms.not_before:
+        raise Malformed("a key expires after it begins")
+    if 0 < terms.rotation_s < MIN_ROTATION_S:
+        raise Malformed(f"a key is rotated every {MIN_ROTATION_S:g} s at most")
+    return terms
+
+
+def rotated(attributes: KeyAttributes, now: float) -> KeyAttributes:
+    """With one version more, which is the current one."""
+    version, revision = attributes.current_version + 1, attributes.revision + 1
+    return msgspec.structs.replace(attributes, current_version=version, revision=revision, rotated_at=now, version_used=0)
+
+
+def trimmed(key: KeyId, attributes: KeyAttributes, before: int, now: float) -> KeyAttributes | None:
+    """Without the versions below ``before``, of which the current one is none. Raises ``Malformed`` or what ``require_alive`` raises."""
+    require_alive(key, attributes, now)
+    if not 1 <= before <= attributes.current_version:
+        raise Malformed(f"versions of key {key} are trimmed up to the current one, {attributes.current_version}, which stays")
+    return msgspec.structs.replace(attributes, oldest_version=before) if before > attributes.oldest_version else None
 
 
 def require_version(key: KeyId, attributes: KeyAttributes, version: int) -> None:
@@ -83,7 +164,9 @@ def updated(attributes: KeyAttributes, change: KeyUpdate, *, most_tags: int) -> 
     """The attributes after ``change``. Raises ``Malformed``, ``TooLarge`` or ``LimitReached``."""
     label = attributes.label if change.label is None else check_label(change.label)
     tags = {name: value for name, value in attributes.tags.items() if name not in change.untag} | change.tags
-    return msgspec.structs.replace(attributes, label=label, tags=check_tags(tags, most_tags))
+    asked = {name: getattr(change, name) for name in ("not_before", "not_after", "rotation_s", "rotation_uses", "max_uses")}
+    terms = msgspec.structs.replace(attributes.terms, **{name: value for name, value in asked.items() if value is not None})
+    return msgspec.structs.replace(attributes, label=label, tags=check_tags(tags, most_tags), terms=check_terms(terms))
 
 
 def check_label(label: str) -> str:

@@ -10,6 +10,7 @@ from cipherfleet.contract.escrow import KeyState
 from cipherfleet.contract.identities import Peer
 from cipherfleet.contract.ids import ConsumerId, KeyId, VcmId
 from cipherfleet.contract.key_life import KeyUpdate
+from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.kmc_api import AuditLog
 from cipherfleet.contract.policy import Policy
 from cipherfleet.contract.statements import Right, Signed
@@ -35,7 +36,7 @@ class KeyStore(Protocol):
         """What the consumer permits itself; the card enforces it."""
         ...
 
-    async def create(self, algorithm: str, *, label: str, actor: str, bare: bool = False) -> KeyDescription: ...
+    async def create(self, algorithm: str, *, label: str, actor: str, bare: bool = False, terms: KeyTerms = NO_TERMS) -> KeyDescription: ...
 
     async def import_key(self, algorithm: str, sealed: bytes, *, label: str, actor: str, bare: bool = False) -> KeyDescription: ...
 
@@ -67,8 +68,12 @@ class KeyStore(Protocol):
         """What ``use`` gives within stays loaded until the end; without, it may be unloaded when the vCC is full."""
         ...
 
-    async def use(self, key: KeyId, *, version: int | None = None) -> KeyUse:
-        """The handle of a version (default: the current one). Raises ``KeyUnknown``, ``KeyDisabled``, ``KeyDeleted``."""
+    async def use(self, key: KeyId, *, version: int | None = None, protects: bool = False) -> KeyUse:
+        """The handle of a version (default: the current one); ``protects``: something new is made with it, which may be counted.
+
+        Raises ``KeyUnknown``, ``KeyDisabled``, ``KeyDeleted``, ``KeyPendingDeletion``, ``KeyNotYetValid``, ``KeyVersionTrimmed``, and
+        who protects ``KeyExpired`` or ``KeyUsesSpent``.
+        """
         ...
 
 
@@ -88,6 +93,8 @@ class KeyLife(Protocol):
     async def list_aliases(self) -> Sequence[AliasEntry]: ...
 
     async def schedule_deletion(self, key: KeyId, days: float | None, *, actor: str) -> KeyDescription: ...
+
+    async def trim(self, key: KeyId, before: int, *, actor: str) -> KeyDescription: ...
 
     async def cancel_deletion(self, key: KeyId, *, actor: str) -> KeyDescription: ...
 

@@ -9,6 +9,7 @@
 import msgspec
 
 from cipherfleet.contract.ids import CardId, KeyId, VcmId
+from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.messages import Message
 
 MAX_KEYS_AT_ONCE = 1000
@@ -31,6 +32,7 @@ class KeyCreateRequest(Message, frozen=True):
     algorithm: str
     label: str = ""
     bare: bool = False  # an AEAD key whose ciphertexts are what its standard says: nonce || ciphertext || tag
+    terms: KeyTerms = NO_TERMS
 
 
 class ImportTarget(Message, frozen=True):
@@ -67,6 +69,9 @@ class KeyDescription(Message, frozen=True):
     aliases: tuple[str, ...] = ()
     tags: dict[str, str] = msgspec.field(default_factory=dict)
     delete_at: float | None = None  # when it is destroyed, or was: unix seconds
+    terms: KeyTerms = NO_TERMS
+    used: int = 0  # uses that VCMs have reserved, of keys that count them
+    next_rotation_at: float | None = None
 
 
 class KeysCreateRequest(Message, frozen=True):
@@ -113,6 +118,12 @@ class DeletionRequest(Message, frozen=True):
     """``days`` until the key is destroyed; ``None`` for the default."""
 
     days: float | None = None
+
+
+class TrimRequest(Message, frozen=True):
+    """Destroy the versions below ``before``."""
+
+    before: int
 
 
 class AliasEntry(Message, frozen=True):

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, insert, update
 
 from cipherfleet.channel import codec, signing
 from cipherfleet.contract.errors import ForeignConsumer, LimitReached, Malformed, StateConflict, TooLarge
-from cipherfleet.contract.escrow import LogEntry, RowName, Seen, decode_attributes, extend, row_digest
+from cipherfleet.contract.escrow import LogEntry, RowName, Seen, decode_attributes, extend, row_digest, was_destroyed
 from cipherfleet.contract.ids import ApplicationName, ConsumerId
 from cipherfleet.contract.kmc_api import (
     MAX_ROW_NAMES,
@@ -112,7 +112,10 @@ class Escrow:
             audit.append(connection, consumer, at=at, actor=actor, event=request.event or "escrow-written", subject=subject)
             return EscrowReceipt(entries)
 
-        return await self._center.database.write(commit, lambda receipt: self.note(consumer, receipt.log))
+        receipt = await self._center.database.write(commit, lambda receipt: self.note(consumer, receipt.log))
+        if any(row.version == 0 and was_destroyed(row, 1) for row in rows):
+            await self._center.database.forget_deleted()
+        return receipt
 
     async def since(self, consumer: ConsumerId, sequence: int) -> tuple[Seen, Signed, tuple[LogEntry, ...]]:
         """Where the log stands, the HSM's word on it, and the entries after ``sequence``."""

@@ -8,9 +8,9 @@ import asyncio
 import errno
 import os
 import sqlite3
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,6 +78,15 @@ class Database:
 
         return await _to_its_end(in_order())
 
+    async def forget_deleted(self) -> None:
+        """What was deleted is overwritten; after this it is not in the write-ahead log either, unless somebody reads just now."""
+        async with self._writing:
+            await _to_its_end(asyncio.get_running_loop().run_in_executor(self._threads, self._empty_log))
+
+    def _empty_log(self) -> None:
+        with _seam(self._where), closing(self._engine.raw_connection()) as connection:
+            connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
+
     async def close(self) -> None:
         await asyncio.to_thread(self._threads.shutdown)
         self._engine.dispose()
@@ -90,7 +99,7 @@ class Database:
             return work(connection)
 
 
-async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+async def _to_its_end(work: Awaitable[T]) -> T:
     """A thread cannot be stopped: whoever was cancelled goes on only when it is known what was written."""
     task = asyncio.ensure_future(work)
     try:
@@ -102,7 +111,7 @@ async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
 
 def _configure(connection: sqlite3.Connection, record: Any) -> None:
     connection.isolation_level = None  # SQLAlchemy's "begin" event below says when a transaction begins, and of which kind
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
 
 

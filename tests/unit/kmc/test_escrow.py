@@ -1,13 +1,15 @@
 """The key escrow: what is committed, what is refused, and that what it shows can be checked without trusting it."""
 
 import asyncio
+import secrets
 import sqlite3
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 from msgspec import structs
 
-from cipherfleet.channel import signing
+from cipherfleet.channel import codec, signing
 from cipherfleet.channel.codec import MAX_BODY_BYTES
 from cipherfleet.contract.errors import (
     CipherfleetError,
@@ -21,7 +23,18 @@ from cipherfleet.contract.errors import (
     StateConflict,
     TooLarge,
 )
-from cipherfleet.contract.escrow import APPLICATION, EscrowRow, LogEntry, RowName, RowWrite, Seen, StatementEntry, row_digest
+from cipherfleet.contract.escrow import (
+    APPLICATION,
+    EscrowRow,
+    KeyAttributes,
+    KeyState,
+    LogEntry,
+    RowName,
+    RowWrite,
+    Seen,
+    StatementEntry,
+    row_digest,
+)
 from cipherfleet.contract.ids import ApplicationName, ConsumerId, MachineId, new_key_id
 from cipherfleet.contract.kmc_api import (
     MAX_ROW_NAMES,
@@ -143,6 +156,33 @@ async def test_material_is_written_once(alice: TestConsumer, vcm: TestVcm) -> No
     view = await view_of(vcm)
     assert view.rows == (material,)
     assert checked(view, alice).sequence == 1
+
+
+def whole_row(of: EscrowRow, state: KeyState, revision: int, previous: bytes = b"", oldest_version: int = 1) -> EscrowRow:
+    attributes = KeyAttributes("AES-256-GCM", state, 2, revision, 0.0, previous=previous, oldest_version=oldest_version)
+    return EscrowRow(of.consumer, of.key, 0, codec.encode(attributes), bytes(28))
+
+
+async def test_destroyed_material_is_erased_and_stays_so(world: World, alice: TestConsumer, vcm: TestVcm) -> None:
+    """The log keeps its digests; the database, and what the database leaves on the disk, has none of it."""
+    material = [structs.replace(key_row(alice.name), wrapped=secrets.token_bytes(60))]
+    material.append(structs.replace(material[0], version=2, wrapped=secrets.token_bytes(60)))
+    first = whole_row(material[0], KeyState.ENABLED, 1)
+    await vcm.write(*(RowWrite(row) for row in (first, *material)))
+    trimmed = whole_row(first, KeyState.ENABLED, 2, row_digest(first), 2)
+    await vcm.write(RowWrite(trimmed, row_digest(first)))
+    assert [row.version for row in (await view_of(vcm)).rows if row.key == first.key] == [0, 2]
+    gone = whole_row(first, KeyState.DELETED, 3, row_digest(trimmed), 2)
+    await vcm.write(RowWrite(gone, row_digest(trimmed)))
+    assert [row.version for row in (await view_of(vcm)).rows if row.key == first.key] == [0]
+    for row in material:
+        with pytest.raises(StateConflict):
+            await vcm.write(RowWrite(row))
+    found = await world.center.database.read(partial(store.get_consumer, name=alice.name))
+    assert (found.row_count, found.row_bytes) == (1, len(gone.attributes) + len(gone.wrapped))
+    files = list(world.folder.glob("kmc.sqlite*"))
+    assert files
+    assert not [file.name for file in files for row in material if row.wrapped in file.read_bytes()]
 
 
 async def test_the_largest_write_comes_through(vcm: TestVcm) -> None:

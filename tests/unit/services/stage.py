@@ -1,6 +1,7 @@
 """A VCM for the tests: the real channel, the real card engine under a real lease, keys in memory, real certificates."""
 
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ from cipherfleet.channel.sealing import TrustedCard, share_info
 from cipherfleet.channel.server import Server
 from cipherfleet.computing import engine_wrap
 from cipherfleet.computing.card_function import VirtualFunction
+from cipherfleet.computing.vcm_chores import Chores
 from cipherfleet.computing.vcm_escrow import Escrow
 from cipherfleet.computing.vcm_key_life import KeyLife
 from cipherfleet.computing.vcm_keys import Keys
@@ -109,11 +111,16 @@ class StageHost:
 
     def __init__(self, card: StageCard, consumer: ConsumerId, escrow: Escrow) -> None:
         self.id, self.consumer, self.card, self.escrow = VCM, consumer, card, escrow
-        self.keys = Keys(escrow, card)
-        self.key_life = KeyLife(self.keys, escrow, Settings())
+        self.ahead_s = 0.0  # of the VCM's clock, before the card's
+        self.keys = Keys(escrow, card, self.now)
+        self.key_life = KeyLife(self.keys, escrow, Settings(), self.now)
+        self.chores = Chores(self.keys, 1.0, self.now)
         self.rights: dict[str, tuple[Right, ...]] = {"shop": ALL_RIGHTS}
         self.revoked: set[str] = set()
         self.serves_on: list[str] = []
+
+    def now(self) -> float:
+        return time.time() + self.ahead_s
 
     async def authorise(self, peer: Peer, right: Right) -> None:
         name = peer.identity.id
@@ -148,6 +155,7 @@ class Stage:
             self.server_credentials, keepalive_timeout=KEEPALIVE_TIMEOUT_S, max_per_certificate=MAX_PER_CERTIFICATE
         )
         self.url = ""
+        self.store: FakeConsumer
 
     @staticmethod
     async def start(consumer: ConsumerId = ACME, *, domain: Authority | None = None, stall_s: float = 30.0) -> "Stage":
@@ -157,6 +165,7 @@ class Stage:
         escrow = Escrow(consumer, store, public_key_der(kmc_key.public_key()))
         await escrow.load(Seen(EPOCH, 0, store.head()))
         stage = Stage(StageHost(card, consumer, escrow), domain or root.subordinate(consumer))
+        stage.store = store
         mount(stage.server, stage.host, stall_s=stall_s)
         await stage.listen()
         return stage

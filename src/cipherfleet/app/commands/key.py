@@ -9,16 +9,19 @@ from typing import Annotated, TypeVar
 import msgspec
 import typer
 
+from cipherfleet import Client
 from cipherfleet.app import output
 from cipherfleet.app.commands import key_alias
 from cipherfleet.app.commands.asking import ask
+from cipherfleet.app.commands.key_terms import MaxUses, NotAfter, NotBefore, RotateDays, RotateUses, period, seconds
 from cipherfleet.app.options import In, Json, ProfileFile, read_small
 from cipherfleet.channel import codec
 from cipherfleet.contract.errors import Malformed
+from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.vcm_api import KeyDescription
 from cipherfleet.services.middleware.envelope import NewKey
 
-app = typer.Typer(help="Keys: create, import, list, show, update, rotate, enable, disable, delete, alias.", no_args_is_help=True)
+app = typer.Typer(help="Keys: create, import, list, show, update, rotate, trim, enable, disable, delete, alias.", no_args_is_help=True)
 app.add_typer(key_alias.app, name="alias")
 
 T = TypeVar("T")
@@ -35,6 +38,11 @@ def create(
     algorithm: Annotated[str | None, typer.Option("--algorithm", "-a", help="See: cipherfleet algorithms (default AES-256-GCM).")] = None,
     label: Annotated[str, typer.Option(help="A name for people.")] = "",
     bare: Bare = False,
+    not_before: NotBefore = None,
+    not_after: NotAfter = None,
+    rotate_days: RotateDays = None,
+    rotate_uses: RotateUses = None,
+    max_uses: MaxUses = None,
     count: Annotated[int, typer.Option(min=1, max=100_000, help="How many; of each thousand all are made, or none.")] = 1,
     json: Json = False,
 ) -> None:
@@ -42,12 +50,15 @@ def create(
     if name and algorithm and name != algorithm:
         raise Malformed("two algorithms are given", "give one")
     chosen = algorithm or name or "AES-256-GCM"
+    terms = KeyTerms(seconds(not_before) or 0.0, seconds(not_after) or 0.0, period(rotate_days) or 0.0, rotate_uses or 0, max_uses or 0)
     if count > 1:
+        if terms != NO_TERMS:
+            raise Malformed("many keys at once are made without terms", "make them one by one")
         with output.counting("making keys", count, quiet=json) as done:
             made = ask(profile, lambda client: client.create_keys(chosen, [label] * count, bare=bare, done=done))
         _show_all(made, as_json=json)
         return
-    _show(ask(profile, lambda client: client.create_key(chosen, label=label, bare=bare)), as_json=json)
+    _show(ask(profile, lambda client: client.create_key(chosen, label=label, bare=bare, terms=terms)), as_json=json)
 
 
 @app.command("import")
@@ -142,11 +153,43 @@ def update(
     label: Annotated[str | None, typer.Option(help="A new name for people.", show_default=False)] = None,
     tag: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Add or replace a tag.", show_default=False)] = None,
     untag: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Remove a tag.", show_default=False)] = None,
+    not_before: NotBefore = None,
+    not_after: NotAfter = None,
+    rotate_days: RotateDays = None,
+    rotate_uses: RotateUses = None,
+    max_uses: MaxUses = None,
     json: Json = False,
 ) -> None:
-    """Change a key's label and tags."""
-    tags = dict(map(_tag, tag or ()))
-    _show(ask(profile, lambda client: client.update_key(key, label=label, tags=tags, untag=untag or ())), as_json=json)
+    """Change a key's label, tags and terms; 0 or never takes a term away."""
+
+    async def change(client: Client) -> KeyDescription:
+        return await client.update_key(
+            key,
+            label=label,
+            tags=dict(map(_tag, tag or ())),
+            untag=untag or (),
+            not_before=seconds(not_before),
+            not_after=seconds(not_after),
+            rotation_s=period(rotate_days),
+            rotation_uses=rotate_uses,
+            max_uses=max_uses,
+        )
+
+    _show(ask(profile, change), as_json=json)
+
+
+@app.command()
+def trim(
+    key: KeyArgument,
+    profile: ProfileFile,
+    before: Annotated[int, typer.Option(min=1, help="Versions below this one are destroyed.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Destroy old versions of a key: what only they can decrypt or verify is lost."""
+    if not yes and not json:
+        typer.confirm(f"Destroy the versions of {key} before {before}? What only they can decrypt is lost.", abort=True, err=True)
+    _show(ask(profile, lambda client: client.trim_key(key, before)), as_json=json)
 
 
 @app.command()
@@ -231,7 +274,6 @@ def _show(key: KeyDescription, *, as_json: bool) -> None:
         output.document(key)
         return
     facts = {**msgspec.to_builtins(key), "created_at": output.moment(key.created_at)}
-    if key.delete_at is not None:
-        facts["delete_at"] = output.moment(key.delete_at)
-    rows = [(name.replace("_", " "), value) for name, value in facts.items() if value not in ("", (), [], {}, None)]
+    facts |= {name: output.moment(facts[name]) for name in ("delete_at", "next_rotation_at") if facts[name] is not None}
+    rows = [(name.replace("_", " "), value) for name, value in facts.items() if value not in ("", (), [], {}, None, 0)]
     output.table("key", ("what", "value"), rows)

@@ -11,6 +11,7 @@
     GET  /v1/keys/{key}                -> KeyDescription                                show
     POST /v1/keys/{key}/rotate, enable, disable  -> KeyDescription                      manage
     POST /v1/keys/{key}/update         KeyUpdate -> KeyDescription                      manage
+    POST /v1/keys/{key}/trim           TrimRequest -> KeyDescription                    manage
     POST /v1/keys/{key}/schedule-deletion  DeletionRequest -> KeyDescription            manage
     POST /v1/keys/{key}/cancel-deletion, delete (at once)  -> KeyDescription            manage
     GET  /v1/aliases                   -> AliasListReply                                show

@@ -43,12 +43,12 @@ class Agreements:
 
     async def decapsulate(self, call: Call) -> SecretReply:
         ask = await self._routes.body(call).message(wire.DecapsulateAsk)
-        use = await self._use(call, Use.ENCAPSULATE)
+        use = await self._use(call, Use.ENCAPSULATE, protects=False)
         return SecretReply(use.key, use.version, await self._run(use, StreamRequest(Verb.DECAPSULATE), ask.ciphertext))
 
-    async def _use(self, call: Call, use: Use) -> KeyUse:
+    async def _use(self, call: Call, use: Use, *, protects: bool = True) -> KeyUse:
         """Of the version that the caller names, or the newest."""
-        return await self._routes.key_use(call, use, version=header_version(call.request))
+        return await self._routes.key_use(call, use, version=header_version(call.request), protects=protects)
 
     async def _run(self, use: KeyUse, request: StreamRequest, data: bytes = b"") -> bytes:
         done = await self._routes.host.card.submit(Operation.RUN, handle=use.handle, parameters=codec.encode(request), data=data)

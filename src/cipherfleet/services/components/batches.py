@@ -56,6 +56,10 @@ RIGHTS: dict[Verb, tuple[Right, ...]] = {
 _PARAMETERS_ROOM = MAX_PARAMETER_BYTES - 1024
 
 
+PROCESSING = frozenset({Verb.DECRYPT, Verb.VERIFY, Verb.VERIFY_MAC, Verb.DECAPSULATE})
+"""What makes nothing new; a re-encryption names the key that it makes something new with."""
+
+
 class _Ready(NamedTuple):
     """An item on its way to the card: ``use`` names the key of its answer."""
 
@@ -108,7 +112,7 @@ class Batches:
         keys = self._routes.host.keys
         named = None
         if item.key:
-            named = await keys.use(await self._routes.named_key(item.key), version=item.version)
+            named = await keys.use(await self._routes.named_key(item.key), version=item.version, protects=item.operation not in PROCESSING)
             self._routes.check_use(named, *USES[item.operation])
         if item.operation is Verb.REENCRYPT or (item.operation is Verb.DECRYPT and (named is None or not named.bare)):
             return await self._from_message(number, item, request, named)

@@ -32,7 +32,7 @@ class Ciphers:
     async def encrypt(self, call: Call) -> object:
         body = self._routes.body(call)
         context = self._routes.context(call)
-        use = await self._routes.key_use(call, Use.ENCRYPT, Use.WRAP)
+        use = await self._routes.key_use(call, Use.ENCRYPT, Use.WRAP, protects=True)
         if use.bare:
             return await self._bare(call, body, use, StreamRequest(Verb.ENCRYPT, context, digest=digest_choice(call.request)))
         length = None if body.length is None else sealed_length(body.length)
@@ -64,7 +64,7 @@ class Ciphers:
         """A ciphertext under any key becomes one under the path's key; the plaintext stays in the card."""
         body = self._routes.body(call)
         context, target_context = self._routes.context(call), self._routes.context(call, wire.TARGET_CONTEXT)
-        target = await self._routes.key_use(call, Use.ENCRYPT)
+        target = await self._routes.key_use(call, Use.ENCRYPT, protects=True)
         header, source = await self._source(body)
         _opened_length(body.length)  # cut ciphertexts are refused before anything is sent
         request = StreamRequest(Verb.REENCRYPT, context, header, target=target.handle, target_context=target_context)
@@ -76,7 +76,7 @@ class Ciphers:
         if not 16 <= ask.length <= 64:
             raise Malformed("a data key has 16 to 64 bytes")
         context = self._routes.context(call)
-        use = await self._routes.key_use(call, Use.ENCRYPT)
+        use = await self._routes.key_use(call, Use.ENCRYPT, protects=True)
         parameters = codec.encode(DataKeyRequest(ask.length, ask.plaintext, context))
         done = await self._routes.host.card.submit(Operation.DATA_KEY, handle=use.handle, parameters=parameters)
         plaintext = done.data[done.value :] if ask.plaintext else None

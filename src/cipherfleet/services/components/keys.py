@@ -45,7 +45,9 @@ class Keys:
     async def create(self, call: Call) -> KeyDescription:
         """It is acknowledged after the escrow has it."""
         request = await self._routes.body(call).message(KeyCreateRequest)
-        return await self._routes.host.keys.create(_check(request), label=request.label, actor=actor(call), bare=request.bare)
+        return await self._routes.host.keys.create(
+            _check(request), label=request.label, actor=actor(call), bare=request.bare, terms=request.terms
+        )
 
     async def import_target(self, call: Call) -> ImportTarget:
         card = self._routes.host.card

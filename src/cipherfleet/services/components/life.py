@@ -4,7 +4,7 @@ from cipherfleet.channel.server import Call
 from cipherfleet.contract.key_life import KeyUpdate
 from cipherfleet.contract.messages import Done
 from cipherfleet.contract.statements import Right
-from cipherfleet.contract.vcm_api import AliasListReply, AliasRequest, DeletionRequest, KeyDescription
+from cipherfleet.contract.vcm_api import AliasListReply, AliasRequest, DeletionRequest, KeyDescription, TrimRequest
 from cipherfleet.services.components.routes import Routes, actor
 
 
@@ -14,6 +14,7 @@ class Life:
         routes.add("POST", "/v1/keys/{key}/update", (Right.MANAGE,), self.update)
         routes.add("POST", "/v1/keys/{key}/schedule-deletion", (Right.MANAGE,), self.schedule_deletion)
         routes.add("POST", "/v1/keys/{key}/cancel-deletion", (Right.MANAGE,), self.cancel_deletion)
+        routes.add("POST", "/v1/keys/{key}/trim", (Right.MANAGE,), self.trim)
         routes.add("POST", "/v1/keys/{key}/delete", (Right.MANAGE,), self.destroy)
         routes.add("GET", "/v1/aliases", (Right.SHOW,), self.list_aliases)
         routes.add("PUT", "/v1/aliases/{alias}", (Right.MANAGE,), self.set_alias)
@@ -25,6 +26,10 @@ class Life:
 
     async def cancel_deletion(self, call: Call) -> KeyDescription:
         return await self._routes.host.key_life.cancel_deletion(await self._routes.key_id(call), actor=actor(call))
+
+    async def trim(self, call: Call) -> KeyDescription:
+        wanted = await self._routes.body(call).message(TrimRequest)
+        return await self._routes.host.key_life.trim(await self._routes.key_id(call), wanted.before, actor=actor(call))
 
     async def destroy(self, call: Call) -> KeyDescription:
         """At once."""

@@ -61,9 +61,12 @@ class Routes:
     def body(self, call: Call) -> Body:
         return Body(call.request, self._stall_s)
 
-    async def key_use(self, call: Call, *uses: Use, version: int | None = None) -> KeyUse:
-        """The key that the path names, fit for one of ``uses``. Raises ``WrongKeyType`` and what ``KeyStore.use`` raises."""
-        return self.check_use(await self.host.keys.use(await self.key_id(call), version=version), *uses)
+    async def key_use(self, call: Call, *uses: Use, version: int | None = None, protects: bool = False) -> KeyUse:
+        """The key that the path names, fit for one of ``uses``; ``protects``: to make something new.
+
+        Raises ``WrongKeyType`` and what ``KeyStore.use`` raises.
+        """
+        return self.check_use(await self.host.keys.use(await self.key_id(call), version=version, protects=protects), *uses)
 
     async def key_id(self, call: Call) -> KeyId:
         """The key that the path names, by its id or as ``alias/NAME``. Raises ``Malformed`` or ``AliasUnknown``."""

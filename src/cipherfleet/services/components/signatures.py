@@ -54,7 +54,7 @@ class Signatures:
 
     async def _make(self, call: Call, request: StreamRequest, use: Use) -> web.Response:
         body = self._routes.body(call)
-        key = await self._routes.key_use(call, use)
+        key = await self._routes.key_use(call, use, protects=True)
         return raw(await self._one(key.handle, request, body), key_headers(key))
 
     async def _check(self, call: Call, verb: Verb, use: Use, invalid: type[CipherfleetError]) -> web.Response:

@@ -11,6 +11,7 @@ from cipherfleet.contract.algorithms import Algorithm
 from cipherfleet.contract.errors import TooLarge
 from cipherfleet.contract.ids import KeyId
 from cipherfleet.contract.key_life import ALIAS_PREFIX, KeyUpdate
+from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.kmc_api import AuditEntry, AuditLog
 from cipherfleet.contract.messages import Done
 from cipherfleet.contract.profile import Profile
@@ -32,6 +33,7 @@ from cipherfleet.contract.vcm_api import (
     KeysImportRequest,
     SecretReply,
     SignatureReply,
+    TrimRequest,
 )
 from cipherfleet.services import wire
 from cipherfleet.services.middleware.connection import Connection, read_profile
@@ -75,12 +77,15 @@ class Client:
 
     # -- keys ----------------------------------------------------------------------------------------------------------
 
-    async def create_key(self, algorithm: str = "AES-256-GCM", *, label: str = "", bare: bool = False) -> KeyDescription:
+    async def create_key(
+        self, algorithm: str = "AES-256-GCM", *, label: str = "", bare: bool = False, terms: KeyTerms = NO_TERMS
+    ) -> KeyDescription:
         """A new key; it is in the key escrow when this returns. ``bare``: its ciphertexts are ``nonce || ciphertext || tag``.
 
         Raises ``AlgorithmUnknown``.
         """
-        return await self._connection.ask("POST", "/v1/keys", KeyDescription, body=KeyCreateRequest(algorithm, label, bare), safe=False)
+        request = KeyCreateRequest(algorithm, label, bare, terms)
+        return await self._connection.ask("POST", "/v1/keys", KeyDescription, body=request, safe=False)
 
     async def import_key(self, algorithm: str, material: bytes, *, label: str = "", bare: bool = False) -> KeyDescription:
         """A new key of the caller's own ``material``: raw bytes of a symmetric key, PKCS#8 (PEM or DER, unencrypted) of a private one.
@@ -171,10 +176,24 @@ class Client:
     # -- names, tags, the end ------------------------------------------------------------------------------------------
 
     async def update_key(
-        self, key: str, *, label: str | None = None, tags: Mapping[str, str] | None = None, untag: Iterable[str] = ()
+        self,
+        key: str,
+        *,
+        label: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        untag: Iterable[str] = (),
+        not_before: float | None = None,
+        not_after: float | None = None,
+        rotation_s: float | None = None,
+        rotation_uses: int | None = None,
+        max_uses: int | None = None,
     ) -> KeyDescription:
-        """Change the label, add or replace ``tags``, remove those that ``untag`` names. Raises ``LimitReached`` or ``TooLarge``."""
-        change = KeyUpdate(label, dict(tags or {}), tuple(untag))
+        """Change the label, add or replace ``tags``, remove those that ``untag`` names, change terms (0 takes one away).
+
+        A later ``not_after`` than a version was made with holds for the next version, as the card keeps to the first.
+        Raises ``LimitReached``, ``TooLarge`` or ``Malformed``.
+        """
+        change = KeyUpdate(label, dict(tags or {}), tuple(untag), not_before, not_after, rotation_s, rotation_uses, max_uses)
         return await self._connection.ask("POST", _path(key, "update"), KeyDescription, body=change)
 
     async def set_alias(self, name: str, key: str) -> KeyDescription:
@@ -192,6 +211,10 @@ class Client:
     async def schedule_key_deletion(self, key: str, *, days: float | None = None) -> KeyDescription:
         """Refuse every use from now on, and destroy the key in ``days`` (default 30, from 7 on). Raises ``KeyDeleted``."""
         return await self._connection.ask("POST", _path(key, "schedule-deletion"), KeyDescription, body=DeletionRequest(days))
+
+    async def trim_key(self, key: str, before: int) -> KeyDescription:
+        """Destroy the versions below ``before``: what only they can decrypt or verify is lost. Raises ``Malformed``."""
+        return await self._connection.ask("POST", _path(key, "trim"), KeyDescription, body=TrimRequest(before))
 
     async def cancel_key_deletion(self, key: str) -> KeyDescription:
         """The key is there again, disabled. Raises ``KeyDeleted`` when its time is over."""

@@ -127,6 +127,7 @@ class SyncClient:
     delete_key = _Call(Client.delete_key)
     schedule_key_deletion = _Call(Client.schedule_key_deletion)
     cancel_key_deletion = _Call(Client.cancel_key_deletion)
+    trim_key = _Call(Client.trim_key)
     update_key = _Call(Client.update_key)
     set_alias = _Call(Client.set_alias)
     delete_alias = _Call(Client.delete_alias)
