@@ -387,9 +387,9 @@ class Escrow:
         parts = None if number is None else self._cache.get(number)
         return None if parts is None else EscrowRow(self._consumer, name.key, name.version, *parts)
 
-    def _keep(self, row: EscrowRow, *, if_room: bool = False) -> None:
-        """``row`` has just been checked, or written."""
-        if self._state is not None and not (if_room and self._cache.full):
+    def _keep(self, row: EscrowRow) -> None:
+        """``row`` has just been written."""
+        if self._state is not None:
             number = self._state.number(row.key, row.version)
             if number is not None and self._state.digest(row.key, row.version) == row_digest(row):
                 self._cache.put(number, row)
@@ -441,12 +441,13 @@ class Escrow:
             try:
                 if name not in asked:
                     raise EscrowRowForeign(f"row {row.subject} came without being asked for")
-                self._state.check_row(row)
+                number = self._state.check_row(row)
             except Tampered as exc:
                 error = error or exc
             else:
                 good[name] = row
-                self._keep(row, if_room=swept)
+                if not (swept and self._cache.full):
+                    self._cache.put(number, row)
         missing = next((name for name in wanted if name not in good and not self._was_destroyed(name, good)), None)
         if error is None and missing is not None:
             error = EscrowRolledBack(f"row {missing.subject} is missing")

@@ -4,7 +4,6 @@ Of each row its newest digest (32 bytes), of each key its id (16 bytes) and wher
 hash table), of each entry the head after it (32 bytes). What a key's attributes were before is kept only of keys that changed.
 """
 
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -27,7 +26,9 @@ from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId
 
 DIGEST_BYTES = 32
 ID_BYTES = 16
-_ROW = re.compile(r"key/([0-9a-f]{32})/(0|[1-9][0-9]{0,9})")
+KEY = "key/"
+MAX_DIGITS = 10
+_COMMON = ("0", "1")
 
 
 class Changes(msgspec.Struct):
@@ -78,8 +79,8 @@ class EscrowState:
                 raise EscrowRolledBack(f"the escrow's log lacks entry {sequence}")
             if len(entry.digest) != DIGEST_BYTES:
                 raise EscrowRolledBack(f"entry {sequence} of the escrow's log has no digest")
-            if (row := _ROW.fullmatch(entry.subject)) is not None:
-                self._write(entry, row[1], int(row[2]), changes)
+            if entry.subject.startswith(KEY):
+                self._write(entry, changes)
             elif entry.subject.startswith(APPLICATION):
                 self._sign(entry, changes)
             else:
@@ -88,11 +89,13 @@ class EscrowState:
             self._heads += head
         return changes
 
-    def _write(self, entry: LogEntry, key: str, version: int, changes: Changes) -> None:
+    def _write(self, entry: LogEntry, changes: Changes) -> None:
         """A sealed row is made anew for each change, so none comes twice; and material is written once."""
-        number = self.number(KeyId(key), version)
+        id_, version = _parse(entry)
+        index = self._keys.add(id_)
+        number = self._find(index, version)
         if number is None:
-            self._place(self._keys.add(bytes.fromhex(key)), version, len(self._digests) // DIGEST_BYTES)
+            self._place(index, version, len(self._digests) // DIGEST_BYTES)
             self._digests += entry.digest
             return
         if version != 0:
@@ -105,7 +108,7 @@ class EscrowState:
         self._before[number] = newest
         self._digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES] = entry.digest
         changes.rows.add(number)
-        changes.keys.add(KeyId(key))
+        changes.keys.add(KeyId(id_.hex()))
 
     def _place(self, index: int, version: int, number: int) -> None:
         if index == len(self._attributes):
@@ -148,6 +151,11 @@ class EscrowState:
         """The number of a row, if it was ever written."""
         index = self._keys.find(bytes.fromhex(key))
         if index is None:
+            return None
+        return self._find(index, version)
+
+    def _find(self, index: int, version: int) -> int | None:
+        if index == len(self._attributes):  # just added
             return None
         if version > 1:
             return self._others.get(index, {}).get(version)
@@ -199,6 +207,19 @@ class EscrowState:
 
     def _digest(self, number: int) -> bytes:
         return bytes(self._digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES])
+
+
+def _parse(entry: LogEntry) -> tuple[bytes, int]:
+    """Id and version of a row's entry, written in the one way there is. Raises ``EscrowRolledBack``."""
+    key, _, version = entry.subject[len(KEY) :].partition("/")
+    if version in _COMMON or (version.isascii() and version.isdigit() and len(version) <= MAX_DIGITS and version[0] != "0"):
+        try:
+            id_ = bytes.fromhex(key)
+        except ValueError:
+            id_ = b""
+        if len(id_) == ID_BYTES and id_.hex() == key:
+            return id_, int(version)
+    raise EscrowRolledBack(f"entry {entry.sequence} of the escrow's log is about {entry.subject[:80]}, which nobody wrote")
 
 
 class _Ids:

@@ -332,7 +332,7 @@ class KmcToTerminal(msgspec.Struct, frozen=True, tag_field="type"):
 
 
 class DownloadSignal(KmcToTerminal, frozen=True):
-    """step f: the CMK download signal. ``log`` continues the log from the sequence the terminal said in ``?since=``."""
+    """step f: the CMK download signal. ``log`` continues from what the terminal was told last, first from what it said in ``?since=``."""
 
     vcm: VcmId
     mark: bytes

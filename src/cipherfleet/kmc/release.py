@@ -52,9 +52,12 @@ class Release:
 
     async def _send_signal(self, session: ConsumerSession, vcm: VcmSession) -> None:
         terminal, card = vcm.signalled, self._card(vcm)
-        point, checkpoint, entries = await self._escrow.since(session.consumer, session.since)
-        if terminal is None or session.terminal is not terminal or not session.lives(vcm):
-            return
+        while True:  # from what the terminal was told last: of a long log all of it would fit no frame
+            point, checkpoint, entries = await self._escrow.since(session.consumer, session.told)
+            if terminal is None or session.terminal is not terminal or not session.lives(vcm):
+                return
+            if session.told <= point.sequence:
+                break  # else a heartbeat has shown more meanwhile
         session.told = max(session.told, point.sequence)
         chain = self._center.certification.chain(card).chain
         terminal.post(DownloadSignal(vcm.id, vcm.mark, vcm.card, chain, checkpoint, entries))

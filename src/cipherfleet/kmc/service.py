@@ -71,7 +71,7 @@ class Service:
         self._center.registry.check(peer)
         session = self._sessions.open(found)
         session.refuse_terminal(Exists.code, "another terminal of this consumer has taken over")
-        session.terminal, session.since, session.told, session.lost_at = channel, since, since, None
+        session.terminal, session.told, session.lost_at = channel, since, None
         self._sessions.watch(session)
         for vcm in session.vcms.values():
             self._release.signal(session, vcm)

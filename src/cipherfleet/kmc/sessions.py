@@ -63,7 +63,6 @@ class ConsumerSession:
     def __init__(self, consumer: ConsumerId, ukey: bytes, now: float) -> None:
         self.consumer, self.ukey = consumer, ukey
         self.terminal: TerminalChannel | None = None
-        self.since = 0
         self.told = 0
         self.lost_at: float | None = now  # since when there has been no terminal
         self.wanted_at: float | None = None  # the oldest lease that was wanted since the Ukey last signed one

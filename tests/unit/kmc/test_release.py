@@ -507,3 +507,17 @@ async def test_a_restarted_kmc_goes_on_with_leases(world: World) -> None:
     session = world.kmc.service._sessions.get(alice.name)
     assert session is not None
     assert not session.ciphertext_cmk
+
+
+async def test_a_later_signal_brings_what_is_new_alone(world: World) -> None:
+    """With 100,000 keys the whole log would fit no frame."""
+    alice = await world.enrol()
+    terminal = await alice.plug_in()
+    first = await start_vcm(world, alice, terminal)
+    shown = []
+    for _ in range(2):
+        await first.write(RowWrite(key_row("alice")), RowWrite(key_row("alice")))
+        other = await start_vcm(world, alice)
+        await other.channel.send(CardReady(other.card))
+        shown.append([entry.sequence for entry in (await terminal.next(DownloadSignal)).log])
+    assert shown == [[1, 2], [3, 4]]
