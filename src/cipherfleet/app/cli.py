@@ -6,7 +6,7 @@ import sys
 import typer
 
 from cipherfleet.app import output
-from cipherfleet.app.commands import application, audit, backup, bench, cloud, consumer, data, demo, key, policy, vcm
+from cipherfleet.app.commands import application, audit, backup, bench, cloud, consumer, data, demo, key, policy, ukey, vcm
 from cipherfleet.app.options import Wish
 from cipherfleet.channel.process import keep_freed_memory
 from cipherfleet.contract.errors import CipherfleetError
@@ -24,6 +24,7 @@ app.command()(cloud.down)
 app.command()(cloud.status)
 app.add_typer(consumer.app, name="consumer")
 app.command()(consumer.terminal)
+app.add_typer(ukey.app, name="ukey")
 app.add_typer(vcm.app, name="vcm")
 app.add_typer(application.app, name="app")
 app.add_typer(policy.app, name="policy")

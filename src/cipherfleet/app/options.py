@@ -61,7 +61,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     return uvloop.run(work)
 
 
-def read_pin(file: Path | None, *, confirm: bool = False) -> str:
+def read_pin(file: Path | None, *, confirm: bool = False, what: str = "PIN") -> str:
     """The PIN from a file, a descriptor (``/dev/fd/N``), standard input, or a prompt; never from argv or the environment.
 
     Raises ``PinWrong`` or ``FileProblem``.
@@ -69,7 +69,7 @@ def read_pin(file: Path | None, *, confirm: bool = False) -> str:
     if file is None:
         if not sys.stdin.isatty():
             raise PinWrong("no PIN was given and there is nobody to ask", "give it with --pin-file")
-        typed: str = typer.prompt("PIN", hide_input=True, confirmation_prompt=confirm, err=True)
+        typed: str = typer.prompt(what, hide_input=True, confirmation_prompt=confirm, err=True)
         return typed
     try:
         if str(file) == "-":

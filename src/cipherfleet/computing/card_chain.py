@@ -1,20 +1,28 @@
 """step f, inside the card: both shares of the CMK arrive, each sealed to this card alone, and become its wrapping key."""
 
 import hashlib
+from typing import TypeVar
 
 import msgspec
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cipherfleet.channel import codec
+from cipherfleet.channel import codec, signing
+from cipherfleet.channel.certificates import fingerprint
 from cipherfleet.channel.sealing import share_info
 from cipherfleet.computing import engine_wrap
 from cipherfleet.computing.engine_memory import derive, wipe
-from cipherfleet.contract.errors import CmkInvalid, Malformed, SealedForeign
+from cipherfleet.contract.errors import CmkInvalid, Malformed, SealedForeign, StatementForged
 from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
-from cipherfleet.contract.statements import SealedShare
+from cipherfleet.contract.statements import ApplicationStatement, SealedShare, Signed, Statement
 from cipherfleet.contract.vcc import CmkDelivery
+
+S = TypeVar("S", bound=Statement)
+
+MAX_UKEYS, MAX_REVOKED = 8, 64
+NUMBERED_KINDS = (ApplicationStatement,)
+"""Statements whose ``sequence`` is of the consumer's series, which the escrow's log keeps in order."""
 
 
 class Deliveries:
@@ -37,6 +45,7 @@ class KeyChain:
     def __init__(self, wrapping: bytearray, confirm: bytearray, share: SealedShare) -> None:
         self.wrapping, self.confirm = wrapping, confirm
         self.ukey_keys = share.ukey_public_keys
+        self._revoked = {revoked.public_key: revoked.until for revoked in share.revoked_ukeys}
         self.kmc_key = share.kmc_signing_key
         self.fingerprint = _fingerprint(wrapping, share.ukey_public_keys)
         self.point = (share.epoch, share.sequence)
@@ -44,6 +53,20 @@ class KeyChain:
 
     def __repr__(self) -> str:
         return "KeyChain(...)"
+
+    def verify(self, signed: Signed, kind: type[S]) -> S:
+        """What a Ukey of the consumer signed; of a revoked one what is numbered and came before its revocation.
+
+        The log takes numbers in rising order alone, so nobody can bring such a statement after the revocation. Raises ``StatementForged``.
+        """
+        numbered = kind in NUMBERED_KINDS
+        statement = signing.verify(signed, kind, [*self.ukey_keys, *(self._revoked if numbered else ())])
+        if numbered:
+            by = {fingerprint(key): until for key, until in self._revoked.items()}
+            untils = [by[signature.signer] for signature in signed.signatures if signature.signer in by]
+            if any(getattr(statement, "sequence", until) >= until for until in untils):
+                raise StatementForged("the statement is signed by a Ukey that had been revoked by then")
+        return statement
 
     def close(self) -> None:
         wipe(self.wrapping)
@@ -87,8 +110,11 @@ def _open_share(sealed: bytes, transport: engine_wrap.TransportKeys, consumer: C
         raise CmkInvalid("the sealed share is for another consumer, card or VCM")
     if len(share.ukey_share) != engine_wrap.SHARE_BYTES:
         raise CmkInvalid("the Ukey's share of the CMK has the wrong size")
-    if not 1 <= len(share.ukey_public_keys) <= 4 or not all(_is_p256(spki) for spki in share.ukey_public_keys):
+    if not 1 <= len(share.ukey_public_keys) <= MAX_UKEYS or not all(_is_p256(spki) for spki in share.ukey_public_keys):
         raise CmkInvalid("the sealed share does not name the Ukey's public keys")
+    revoked = {ukey.public_key for ukey in share.revoked_ukeys}
+    if len(revoked) > MAX_REVOKED or not all(_is_p256(spki) for spki in revoked) or revoked & set(share.ukey_public_keys):
+        raise CmkInvalid("the sealed share does not say which Ukeys are revoked")
     if not _is_p256(share.kmc_signing_key):
         raise CmkInvalid("the sealed share does not name the KMC's signing key")
     return share

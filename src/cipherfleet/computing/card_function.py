@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from cipherfleet.channel import codec, signing
+from cipherfleet.channel import codec
 from cipherfleet.channel.sealing import import_info
 from cipherfleet.computing import card_chain, engine, engine_wrap
 from cipherfleet.computing.card_chain import KeyChain
@@ -364,7 +364,7 @@ class VirtualFunction:
                 raise StatementForged("a card checks application and login statements alone")
         if len(signed.signatures) != 1:
             raise StatementForged("a statement carries the Ukey's signature and no other")
-        statement = signing.verify(signed, kind, self._require_chain().ukey_keys)
+        statement = self._require_chain().verify(signed, kind)
         if statement.consumer != self.consumer:
             raise ForeignConsumer("the statement is about another consumer")
         return Answer(data=signed.payload)

@@ -226,6 +226,12 @@ class ConsumerRevoked(Forbidden):
     code = "consumer-revoked"
 
 
+class UkeyRevoked(Forbidden):
+    """This Ukey was revoked; the consumer's other ones go on."""
+
+    code = "ukey-revoked"
+
+
 class ForeignConsumer(Forbidden):
     code = "foreign-consumer"
 
@@ -255,6 +261,11 @@ class VcmUnknown(NotFound):
 
 class ConsumerUnknown(NotFound):
     code = "consumer-unknown"
+
+
+class UkeyUnknown(NotFound):
+    code = "ukey-unknown"
+    default_hint = "see: cipherfleet ukey list"
 
 
 class MachineUnknown(NotFound):

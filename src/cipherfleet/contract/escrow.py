@@ -14,11 +14,13 @@ from enum import StrEnum
 import msgspec
 
 from cipherfleet.contract.errors import EscrowRolledBack, EscrowRowTampered, Malformed
-from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId
+from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId, UkeyId
 from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.statements import Signed
 
-APPLICATION = "application/"
+APPLICATION, UKEY = "application/", "ukey/"
+NUMBERED = (APPLICATION, UKEY)
+"""What the consumer's Ukeys sign about these has numbers of one series."""
 
 
 class KeyState(StrEnum):
@@ -142,6 +144,11 @@ class Seen(msgspec.Struct, frozen=True):
     epoch: int
     sequence: int
     head: bytes
+
+
+def ukey_subject(ukey: UkeyId, sequence: int) -> str:
+    """The log's name for a ``UkeyStatement``; ``sequence`` is the statement's own."""
+    return f"{UKEY}{ukey}@{sequence}"
 
 
 def genesis(consumer: ConsumerId, epoch: int) -> bytes:

@@ -12,6 +12,7 @@ import msgspec
 from cipherfleet.contract.errors import EscrowRolledBack, EscrowRowForeign, EscrowRowTampered
 from cipherfleet.contract.escrow import (
     APPLICATION,
+    NUMBERED,
     EscrowRow,
     LogEntry,
     Seen,
@@ -81,7 +82,7 @@ class EscrowState:
                 raise EscrowRolledBack(f"entry {sequence} of the escrow's log has no digest")
             if entry.subject.startswith(KEY):
                 self._write(entry, changes)
-            elif entry.subject.startswith(APPLICATION):
+            elif entry.subject.startswith(NUMBERED):
                 self._sign(entry, changes)
             else:
                 raise EscrowRolledBack(f"entry {sequence} of the escrow's log is about {entry.subject[:80]}, which nobody wrote")
@@ -122,11 +123,13 @@ class EscrowState:
             self._others.setdefault(index, {})[version] = number
 
     def _sign(self, entry: LogEntry, changes: Changes) -> None:
-        """Statements are numbered, over all applications."""
+        """Statements are numbered, over all applications and Ukeys."""
         subject, _, number = entry.subject.rpartition("@")
         if not number.isdecimal() or f"{subject}@{int(number)}" != entry.subject or int(number) <= self._newest_statement:
             raise EscrowRolledBack(f"entry {entry.sequence} brings {entry.subject} after statement {self._newest_statement}")
         self._newest_statement = int(number)
+        if not subject.startswith(APPLICATION):
+            return  # for terminals: what a VCM needs of it came sealed to its card
         name = ApplicationName(subject.removeprefix(APPLICATION))
         self._statements[name] = entry.subject, entry.digest
         changes.applications.add(name)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     VcmId = NewType("VcmId", str)
     KeyId = NewType("KeyId", str)
     TokenId = NewType("TokenId", str)
+    UkeyId = NewType("UkeyId", str)
     Serial = NewType("Serial", str)
 else:
     ConsumerId = Annotated[str, Meta(pattern=SLUG)]
@@ -30,6 +31,7 @@ else:
     CardId = Annotated[str, Meta(pattern=r"\Acard-m[0-9]{1,4}-[0-9a-f]{8}\Z")]
     VcmId = Annotated[str, Meta(pattern=r"\Avcm-[0-9a-f]{12}\Z")]
     KeyId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+    UkeyId = Annotated[str, Meta(pattern=r"\Aukey-[0-9a-f]{8}\Z")]
     TokenId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")]
     Serial = Annotated[str, Meta(pattern=r"\A[0-9a-f]{1,40}\Z")]
 

@@ -33,6 +33,11 @@
     terminal   GET    /v1/escrow?after=                    -> LogPage                         for a Ukey that is far behind
     terminal   WS     /v1/terminal                         TerminalToKmc / KmcToTerminal
     terminal   POST   /v1/applications                     ApplicationRequest -> ApplicationReply
+    terminal   GET    /v1/ukeys/statements                 -> UkeyStatements                  who may sign for the consumer, and since when
+    terminal   POST   /v1/ukeys                            UkeyRequest -> UkeyReply           a spare Ukey comes in, or one goes
+    operator   GET    /v1/ukeys?consumer=                  -> UkeyList
+    terminal   GET    /v1/ukeys                            -> UkeyList                        own consumer only
+    operator   POST   /v1/ukeys/{consumer}/{ukey}/revoke   -> Done                            one of several is stolen; idempotent
 """
 
 from typing import Annotated
@@ -41,7 +46,7 @@ import msgspec
 from msgspec import Meta
 
 from cipherfleet.contract.escrow import EscrowRow, LogEntry, RowName, RowWrite, StatementEntry
-from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, MachineId, Serial, TokenId, VcmId
+from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, MachineId, Serial, TokenId, UkeyId, VcmId
 from cipherfleet.contract.messages import Chain, Message
 from cipherfleet.contract.statements import Purpose, Right, Signed
 
@@ -371,5 +376,45 @@ class ApplicationReply(Message, frozen=True):
     """The certificate (empty after a signing out), and that the statement is in the escrow: ``log`` continues from ``since``."""
 
     chain: Chain
+    checkpoint: Signed
+    log: tuple[LogEntry, ...]
+
+
+class UkeyEntry(Message, frozen=True):
+    """``label``: spare, or which recovery kit. ``revoked_by``: consumer or operator, empty while it is active."""
+
+    ukey: UkeyId
+    consumer: ConsumerId
+    state: str  # active | revoked
+    added_at: float
+    label: str
+    revoked_by: str = ""
+
+
+class UkeyList(Message, frozen=True):
+    ukeys: tuple[UkeyEntry, ...]
+
+
+class UkeyStatements(Message, frozen=True):
+    """All ``UkeyStatement`` of the consumer, oldest first; ``newest`` is the last number of a statement that the KMC knows of."""
+
+    statements: tuple[Signed, ...]
+    newest: int
+
+
+class UkeyRequest(Message, frozen=True):
+    """A ``UkeyStatement``, and for a new Ukey the requests (PKCS#10, DER) for its two keys."""
+
+    statement: Signed
+    identity_csr: bytes = b""
+    channel_csr: bytes = b""
+    since: int = 0
+
+
+class UkeyReply(Message, frozen=True):
+    """The certificates (empty after a revocation), and that the statement is in the escrow: ``log`` continues from ``since``."""
+
+    identity: Chain
+    channel: Chain
     checkpoint: Signed
     log: tuple[LogEntry, ...]

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import msgspec
 
-from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, VcmId
+from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, UkeyId, VcmId
 from cipherfleet.contract.policy import INTERNATIONAL, Policy
 
 
@@ -112,6 +112,21 @@ class ApplicationStatement(Statement, frozen=True):
     revoked: bool = False
 
 
+class UkeyStatement(Statement, frozen=True):
+    """Another Ukey of the consumer comes in, or goes (``revoked``). ``sequence`` is of the same series as applications' statements.
+
+    ``ukey`` is its serial, ``public_key`` of its identity key (SubjectPublicKeyInfo, DER), ``label`` what it is for.
+    """
+
+    KIND: ClassVar[str] = "cipherfleet/ukey/v1"
+    consumer: ConsumerId
+    ukey: UkeyId
+    public_key: bytes
+    sequence: int
+    label: str = ""
+    revoked: bool = False
+
+
 class CheckpointStatement(Statement, frozen=True):
     """The HSM's word on a consumer's escrow: after ``sequence`` entries the log's head is ``head`` (32 bytes)."""
 
@@ -120,6 +135,13 @@ class CheckpointStatement(Statement, frozen=True):
     epoch: int
     sequence: int
     head: bytes
+
+
+class RevokedUkey(msgspec.Struct, frozen=True):
+    """A Ukey that counts no more: of its numbered statements those below ``until`` (its revocation's number) stay good."""
+
+    public_key: bytes
+    until: int
 
 
 class SealedShare(Statement, frozen=True):
@@ -135,3 +157,4 @@ class SealedShare(Statement, frozen=True):
     epoch: int
     sequence: int  # the newest checkpoint this Ukey has seen: older state is refused
     head: bytes
+    revoked_ukeys: tuple[RevokedUkey, ...] = ()

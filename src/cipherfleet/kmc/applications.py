@@ -58,7 +58,7 @@ class Applications:
         issued = None if statement.revoked else await self._certify(statement, request.csr)
 
         def commit(connection: Connection) -> tuple[tuple[Serial, ...], tuple[LogEntry, ...]]:
-            _check_sequence(statement, store.get_consumer(connection, consumer))
+            check_sequence(statement.sequence, store.get_consumer(connection, consumer))
             superseded = store.revoke_holders(connection, Role.APPLICATION, consumer, id_=statement.name)
             _put(connection, statement, request.statement, issued)
             entry = StatementEntry(statement.name, request.statement, statement.sequence)
@@ -108,12 +108,12 @@ class Applications:
         return ApplicationList(tuple(entries))
 
     def _check(self, signed: Signed, consumer: store.Consumer) -> ApplicationStatement:
-        statement = signing.verify(signed, ApplicationStatement, [consumer.ukey])
+        statement = signing.verify(signed, ApplicationStatement, consumer.ukey_keys)
         if len(signed.signatures) != 1 or len(signed.payload) > MAX_STATEMENT_BYTES:
             raise StatementForged("the statement carries more than the Ukey's word")
         if statement.consumer != consumer.name:
             raise ForeignConsumer("the statement is another consumer's")
-        _check_sequence(statement, consumer)
+        check_sequence(statement.sequence, consumer)
         now = self._center.wall_clock()
         if statement.revoked:
             return statement
@@ -134,9 +134,10 @@ class Applications:
         return await self._center.certification.issue(identity, key, not_after=float(statement.not_after))
 
 
-def _check_sequence(statement: ApplicationStatement, consumer: store.Consumer) -> None:
-    if not consumer.statement_sequence < statement.sequence <= MAX_SEQUENCE:
-        raise StatementReplayed(f"statement {statement.sequence} came after number {consumer.statement_sequence}")
+def check_sequence(sequence: int, consumer: store.Consumer) -> None:
+    """That a statement's number is the consumer's next. Raises ``StatementReplayed``."""
+    if not consumer.statement_sequence < sequence <= MAX_SEQUENCE:
+        raise StatementReplayed(f"statement {sequence} came after number {consumer.statement_sequence}")
 
 
 def _put(connection: Connection, statement: ApplicationStatement, signed: Signed, issued: Issued | None) -> None:

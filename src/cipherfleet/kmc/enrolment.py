@@ -7,7 +7,7 @@ from functools import partial
 
 from sqlalchemy import Connection
 
-from cipherfleet.channel.certificates import fingerprint, public_key_der
+from cipherfleet.channel.certificates import public_key_der
 from cipherfleet.contract.errors import ConsumerRevoked, ConsumerUnknown, Exists, HsmUnavailable, Malformed, NotPermitted, StateConflict
 from cipherfleet.contract.escrow import Seen, genesis
 from cipherfleet.contract.identities import Identity, Peer, Role
@@ -49,7 +49,7 @@ class Enrolment:
                 raise Malformed("the Ukey's identity and its channel need a key each")
             await center.database.read(partial(_check_not_enrolled, consumer=consumer))
             domain = await self._domain(consumer)
-            until, ukey_id = center.wall_clock() + UKEY_DAYS * DAY_S, _ukey_id(ukey)
+            until, ukey_id = center.wall_clock() + UKEY_DAYS * DAY_S, store.ukey_id(ukey)
             identity = await center.certification.issue(Identity(Role.UKEY, ukey_id, consumer), identity_key, not_after=until)
             channel = await center.certification.issue(Identity(Role.TERMINAL, ukey_id, consumer), channel_key, not_after=until)
             ciphertext_cmk = await center.hsm.generate_wrapped(center.root_key)
@@ -85,7 +85,7 @@ class Enrolment:
             found = store.find_consumer(connection, consumer)
             if found is None:
                 raise ConsumerUnknown(f"no consumer is called {consumer}")
-            if _ukey_id(found.ukey) != ukey_id:
+            if store.ukey_id(found.ukey) != ukey_id:
                 raise Exists(f"another enrolment of {consumer} took the place of this one")
             if found.state == store.PENDING:
                 store.confirm_consumer(connection, consumer, at=at)
@@ -178,10 +178,6 @@ class Enrolment:
 
         await center.database.write(commit, partial(center.recorded, issued))
         return issued
-
-
-def _ukey_id(ukey: bytes) -> str:
-    return f"ukey-{fingerprint(ukey)[:8]}"
 
 
 def _check_not_enrolled(connection: Connection, consumer: ConsumerId) -> None:

@@ -74,7 +74,7 @@ class IdentityDesk:
         consumer = await self._center.database.read(partial(store.get_consumer, name=request.consumer))
         self._service.revoke.check_settled(consumer.name)
         try:
-            signing.verify(signed, IdentityRequest, [consumer.ukey])
+            signing.verify(signed, IdentityRequest, consumer.ukey_keys)
             if (request.purpose is Purpose.BUILD_VCM) != (request.vcm is None):
                 raise Malformed("to build names no VCM, to delete names one")
             self._challenges.redeem(request.nonce, consumer.name)

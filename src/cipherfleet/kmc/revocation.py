@@ -13,9 +13,17 @@ from typing import TypeVar
 
 from sqlalchemy import Connection
 
-from cipherfleet.contract.errors import CipherfleetError, ConsumerRevoked, EnvironmentFault, ForeignConsumer, ServiceOff, TokenStale
+from cipherfleet.contract.errors import (
+    CipherfleetError,
+    ConsumerRevoked,
+    EnvironmentFault,
+    ForeignConsumer,
+    ServiceOff,
+    TokenStale,
+    UkeyRevoked,
+)
 from cipherfleet.contract.identities import Role
-from cipherfleet.contract.ids import ConsumerId, Serial, TokenId, VcmId
+from cipherfleet.contract.ids import ConsumerId, Serial, TokenId, UkeyId, VcmId
 from cipherfleet.kmc import audit, store
 from cipherfleet.kmc.center import Center
 from cipherfleet.kmc.sessions import Sessions, TerminalChannel, VcmChannel
@@ -67,6 +75,16 @@ class Revocation:
 
         await self._all(consumer, ConsumerRevoked.code, (Role.TERMINAL, Role.UKEY, Role.VCM), commit, actor=actor)
 
+    async def one_ukey(self, consumer: ConsumerId, id_: UkeyId, commit: Callable[[Connection], tuple[Serial, ...]], *, actor: str) -> None:
+        """One of several Ukeys: both its certificates at once, and the service, as cards still know it; ``commit`` writes it down."""
+        registry = self._center.registry
+        serials = tuple(serial for role in (Role.UKEY, Role.TERMINAL) for serial in registry.serials(role, consumer, id_=id_))
+        registry.revoke(serials)
+        session = self._sessions.get(consumer)
+        serves = session is not None and store.ukey_id(session.ukey) != id_  # another Ukey, which may ask again
+        reason = ServiceOff.code if serves else UkeyRevoked.code
+        await self._all(consumer, reason, (Role.VCM,), commit, actor=actor, also=serials)
+
     async def _all(
         self,
         consumer: ConsumerId,
@@ -75,10 +93,11 @@ class Revocation:
         more: Callable[[Connection], tuple[Serial, ...]],
         *,
         actor: str,
+        also: tuple[Serial, ...] = (),
     ) -> None:
         """The service and the certificates of ``roles``; ``more`` is committed with it."""
         session = self._sessions.pop(consumer)
-        serials = tuple(serial for role in roles for serial in self._center.registry.serials(role, consumer))
+        serials = also + tuple(serial for role in roles for serial in self._center.registry.serials(role, consumer))
         self._center.registry.revoke(serials)
         served: list[VcmId] = []
         closing: list[TerminalChannel | VcmChannel] = []

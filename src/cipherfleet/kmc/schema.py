@@ -20,7 +20,7 @@ consumers = Table(
     Column("name", String, primary_key=True),
     Column("state", String, nullable=False),  # pending | enrolled | revoked
     Column("enrolled_at", Float, nullable=False),
-    Column("ukey", BLOB, nullable=False),  # SubjectPublicKeyInfo: whose signatures count
+    Column("ukey", BLOB, nullable=False),  # SubjectPublicKeyInfo of the first Ukey
     Column("epoch", Integer, nullable=False),
     Column("sequence", Integer, nullable=False),  # of the escrow's log
     Column("head", BLOB, nullable=False),
@@ -28,6 +28,26 @@ consumers = Table(
     Column("keys", Integer, nullable=False, server_default="0"),
     Column("row_count", Integer, nullable=False, server_default="0"),
     Column("statement_sequence", Integer, nullable=False),  # the newest application statement's
+)
+
+ukeys = Table(
+    "ukeys",
+    metadata,
+    Column("consumer", String, primary_key=True),
+    Column("id", String, primary_key=True),
+    Column("public_key", BLOB, nullable=False),  # SubjectPublicKeyInfo of its identity key
+    Column("state", String, nullable=False),  # active | revoked
+    Column("added_at", Float, nullable=False),
+    Column("label", String, nullable=False),
+    Column("revoked_by", String, nullable=False),  # consumer | operator, or empty
+)
+
+ukey_statements = Table(
+    "ukey_statements",
+    metadata,
+    Column("consumer", String, ForeignKey("consumers.name"), primary_key=True),
+    Column("sequence", Integer, primary_key=True),
+    Column("statement", BLOB, nullable=False),  # Signed, as JSON
 )
 
 certificates = Table(

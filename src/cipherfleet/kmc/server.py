@@ -9,7 +9,7 @@ from cipherfleet.channel.server import Call, Handler, Server
 from cipherfleet.contract.errors import CipherfleetError, Forbidden, Malformed, Tampered, Unauthorised
 from cipherfleet.contract.escrow import RowName
 from cipherfleet.contract.identities import Role
-from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId, TokenId, VcmId, is_slug
+from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId, TokenId, UkeyId, VcmId, is_slug
 from cipherfleet.contract.kmc_api import (
     ApplicationRequest,
     AuditLog,
@@ -25,6 +25,7 @@ from cipherfleet.contract.kmc_api import (
     StatementsRequest,
     TerminalRefused,
     TerminalToKmc,
+    UkeyRequest,
     VcmAuthorisation,
     VcmCertificateRequest,
     VcmToKmc,
@@ -41,6 +42,7 @@ from cipherfleet.kmc.escrow import MAX_WRITE_BYTES, Escrow
 from cipherfleet.kmc.identity import IdentityDesk
 from cipherfleet.kmc.service import Service
 from cipherfleet.kmc.sessions import ConsumerSession
+from cipherfleet.kmc.ukeys import Ukeys
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ class KmcServer:
         self.enrolment = Enrolment(center, self.escrow)
         self.identity = IdentityDesk(center, self.service)
         self.applications = Applications(center, self.escrow, self.service)
+        self.ukeys = Ukeys(center, self.escrow, self.service)
         self.server = Server(credentials, check_peer=center.registry.check, wall_clock=center.wall_clock)
         center.on_revoked.append(self.server.revoke)
         self._mount()
@@ -76,6 +79,8 @@ class KmcServer:
             ("DELETE", "/v1/consumers/{consumer}", operator, self._remove),
             ("GET", "/v1/applications", operator, self._list_applications),
             ("POST", "/v1/applications/{consumer}/{name}/revoke", operator, self._revoke_application),
+            ("GET", "/v1/ukeys", [Role.OPERATOR, Role.TERMINAL], self._list_ukeys),
+            ("POST", "/v1/ukeys/{consumer}/{ukey}/revoke", operator, self._revoke_one_ukey),
             ("GET", "/v1/audit/verify", operator, self._verify_audit),
             ("GET", "/v1/audit", [Role.OPERATOR, Role.VCM], self._audit),
             ("POST", "/v1/identity/challenges", management, self._challenge),
@@ -97,6 +102,8 @@ class KmcServer:
             ("GET", "/v1/vcm", vcm, self._vcm),
             ("GET", "/v1/terminal", terminal, self._terminal),
             ("POST", "/v1/applications", terminal, self._sign_application),
+            ("POST", "/v1/ukeys", terminal, self._submit_ukey),
+            ("GET", "/v1/ukeys/statements", terminal, self._ukey_statements),
         ):
             self.server.route(method, path, roles, self._audited(f"{method} {path}", handler))
 
@@ -143,6 +150,13 @@ class KmcServer:
     async def _revoke_application(self, call: Call) -> object:
         consumer, name = call.path("consumer", ConsumerId), call.path("name", ApplicationName)
         await self.applications.revoke(consumer, name, actor=call.peer.identity.uri)
+        return Done()
+
+    async def _list_ukeys(self, call: Call) -> object:
+        return await self.ukeys.list_ukeys(call.peer.identity.consumer or _consumer_asked(call) or "")
+
+    async def _revoke_one_ukey(self, call: Call) -> object:
+        await self.ukeys.revoke(call.path("consumer", ConsumerId), call.path("ukey", UkeyId), actor=call.peer.identity.uri)
         return Done()
 
     async def _audit(self, call: Call) -> object:
@@ -253,6 +267,12 @@ class KmcServer:
 
     async def _sign_application(self, call: Call) -> object:
         return await self.applications.sign(await call.body(ApplicationRequest), call.peer)
+
+    async def _submit_ukey(self, call: Call) -> object:
+        return await self.ukeys.submit(await call.body(UkeyRequest), call.peer)
+
+    async def _ukey_statements(self, call: Call) -> object:
+        return await self.ukeys.statements(call.peer.identity.consumer)
 
     async def _terminal(self, call: Call) -> object:
         since = _number(call, "since")

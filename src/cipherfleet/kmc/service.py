@@ -4,7 +4,7 @@ from functools import partial
 
 from sqlalchemy import Connection
 
-from cipherfleet.contract.errors import Exists, LeaseExpired, OutOfOrder, ServiceOff, UkeyAbsent, VcmUnknown
+from cipherfleet.contract.errors import Exists, LeaseExpired, OutOfOrder, ServiceOff, UkeyAbsent, UkeyRevoked, VcmUnknown
 from cipherfleet.contract.identities import Peer, Role
 from cipherfleet.contract.ids import ConsumerId, Serial, VcmId
 from cipherfleet.contract.kmc_api import (
@@ -63,13 +63,24 @@ class Service:
     # -- the terminal --------------------------------------------------------------------------------------------------
 
     async def terminal_joined(self, peer: Peer, channel: TerminalChannel, since: int) -> ConsumerSession:
-        """The Ukey is in: the newest terminal counts, one that was there before is told to go. Raises ``ConsumerUnknown``."""
+        """The Ukey is in: the newest terminal counts, one that was there before is told to go.
+
+        Raises ``ConsumerUnknown`` or ``UkeyRevoked``.
+        """
         consumer = peer.identity.consumer
         found = await self._center.database.read(partial(store.get_consumer, name=consumer))
         self._joins.take(consumer, 1)  # each of them writes a line to disk
         await self._center.audit(consumer, peer.identity.uri, "terminal-joined", peer.identity.id)
         self._center.registry.check(peer)
+        mine = found.ukeys.get(peer.identity.id)
+        if mine is None:
+            raise UkeyRevoked(f"{peer.identity.id} was revoked")
         session = self._sessions.open(found)
+        if session.ukey != mine and session.vcms:
+            # Their cards got the CMK from another Ukey, and may not know this one: they are built anew.
+            await self.revoke.service(consumer, Exists.code, actor=peer.identity.uri)
+            session = self._sessions.open(found)
+        session.ukey = mine
         session.refuse_terminal(Exists.code, "another terminal of this consumer has taken over")
         session.terminal, session.told, session.lost_at = channel, since, None
         self._sessions.watch(session)

@@ -58,7 +58,10 @@ class VcmSession:
 
 
 class ConsumerSession:
-    """All of one consumer. ``told``: up to where the terminal has been told of the escrow's log."""
+    """All of one consumer. ``told``: up to where the terminal has been told of the escrow's log.
+
+    ``ukey`` is the Ukey that signs the leases: the terminal's; empty while it is not known which of several that is.
+    """
 
     def __init__(self, consumer: ConsumerId, ukey: bytes, now: float) -> None:
         self.consumer, self.ukey = consumer, ukey
@@ -145,7 +148,9 @@ class Sessions:
         """The consumer's session, begun if there is none."""
         session = self._sessions.get(consumer.name)
         if session is None:
-            session = self._sessions[consumer.name] = ConsumerSession(consumer.name, consumer.ukey, self.loop.time())
+            session = self._sessions[consumer.name] = ConsumerSession(
+                consumer.name, consumer.ukey_keys[0] if len(consumer.ukeys) == 1 else b"", self.loop.time()
+            )
             self.watch(session)
         return session
 

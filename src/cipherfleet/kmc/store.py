@@ -5,22 +5,27 @@ from collections.abc import Iterable
 import msgspec
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
+from cipherfleet.channel.certificates import fingerprint
 from cipherfleet.contract.errors import ConsumerRevoked, ConsumerUnknown, StateConflict
 from cipherfleet.contract.escrow import genesis
 from cipherfleet.contract.identities import Identity, Role
-from cipherfleet.contract.ids import CardId, ConsumerId, MachineId, Serial, TokenId, VcmId
+from cipherfleet.contract.ids import CardId, ConsumerId, MachineId, Serial, TokenId, UkeyId, VcmId
 from cipherfleet.contract.kmc_api import ConsumerEntry
 from cipherfleet.kmc.registry import Issued
-from cipherfleet.kmc.schema import authorities, certificates, consumers, statements, tokens, vcms
+from cipherfleet.kmc.schema import authorities, certificates, consumers, statements, tokens, ukeys, vcms
 
 PENDING, ENROLLED, REVOKED = "pending", "enrolled", "revoked"
+ACTIVE = "active"
 FIRST_EPOCH = 1
 
 
 class Consumer(msgspec.Struct, frozen=True):
+    """``ukey`` is the first one, ``ukeys`` those whose signatures count, by serial (SubjectPublicKeyInfo, DER)."""
+
     name: ConsumerId
     state: str
-    ukey: bytes  # SubjectPublicKeyInfo, DER
+    ukey: bytes
+    ukeys: dict[str, bytes]
     epoch: int
     sequence: int
     head: bytes
@@ -28,6 +33,10 @@ class Consumer(msgspec.Struct, frozen=True):
     keys: int
     row_count: int
     statement_sequence: int
+
+    @property
+    def ukey_keys(self) -> tuple[bytes, ...]:
+        return tuple(self.ukeys.values())
 
 
 class Token(msgspec.Struct, frozen=True):
@@ -135,8 +144,13 @@ def revoke_holders(
 
 
 def revoke_ukey(connection: Connection, consumer: ConsumerId) -> tuple[Serial, ...]:
-    """Both certificates of a Ukey; the serials it concerned."""
+    """The certificates of all Ukeys of a consumer; the serials it concerned."""
     return revoke_holders(connection, Role.UKEY, consumer) + revoke_holders(connection, Role.TERMINAL, consumer)
+
+
+def revoke_one_ukey(connection: Connection, consumer: ConsumerId, id_: UkeyId) -> tuple[Serial, ...]:
+    """Both certificates of one Ukey; the serials it concerned."""
+    return revoke_holders(connection, Role.UKEY, consumer, id_=id_) + revoke_holders(connection, Role.TERMINAL, consumer, id_=id_)
 
 
 def forget_vcm_certificates(connection: Connection, before: float) -> int:
@@ -164,8 +178,20 @@ def find_consumer(connection: Connection, name: ConsumerId) -> Consumer | None:
     row = connection.execute(select(consumers).where(consumers.c.name == name)).first()
     if row is None:
         return None
+    active = (ukeys.c.consumer == name) & (ukeys.c.state == ACTIVE)
+    ids = {r.id: r.public_key for r in connection.execute(select(ukeys.c.id, ukeys.c.public_key).where(active).order_by(ukeys.c.added_at))}
     return Consumer(
-        row.name, row.state, row.ukey, row.epoch, row.sequence, row.head, row.row_bytes, row.keys, row.row_count, row.statement_sequence
+        row.name,
+        row.state,
+        row.ukey,
+        ids,
+        row.epoch,
+        row.sequence,
+        row.head,
+        row.row_bytes,
+        row.keys,
+        row.row_count,
+        row.statement_sequence,
     )
 
 
@@ -181,7 +207,7 @@ def get_consumer(connection: Connection, name: ConsumerId) -> Consumer:
 
 def put_pending(connection: Connection, name: ConsumerId, ukey: bytes, *, at: float) -> None:
     """A consumer as it begins, whatever a pending one of that name was before."""
-    connection.execute(delete(consumers).where(consumers.c.name == name, consumers.c.state == PENDING))
+    remove_pending(connection, name)
     connection.execute(
         insert(consumers).values(
             name=name,
@@ -197,6 +223,17 @@ def put_pending(connection: Connection, name: ConsumerId, ukey: bytes, *, at: fl
             statement_sequence=0,
         )
     )
+    add_ukey(connection, name, ukey, at=at, label="first")
+
+
+def ukey_id(public_key: bytes) -> UkeyId:
+    """What a Ukey is called, after its identity key."""
+    return UkeyId(f"ukey-{fingerprint(public_key)[:8]}")
+
+
+def add_ukey(connection: Connection, consumer: ConsumerId, public_key: bytes, *, at: float, label: str) -> None:
+    values = {"consumer": consumer, "id": ukey_id(public_key), "public_key": public_key, "state": ACTIVE, "added_at": at}
+    connection.execute(insert(ukeys).values(**values, label=label, revoked_by=""))
 
 
 def confirm_consumer(connection: Connection, name: ConsumerId, *, at: float) -> None:
@@ -217,11 +254,14 @@ def revoke_consumer(connection: Connection, name: ConsumerId) -> bool:
     """Its Ukey counts no more; whether it did. Raises as ``find_revocable`` does."""
     before = find_revocable(connection, name).state
     connection.execute(update(consumers).where(consumers.c.name == name).values(state=REVOKED))
+    still = (ukeys.c.consumer == name) & (ukeys.c.state == ACTIVE)
+    connection.execute(update(ukeys).where(still).values(state=REVOKED, revoked_by="operator"))
     return before != REVOKED
 
 
 def remove_pending(connection: Connection, name: ConsumerId) -> None:
-    connection.execute(delete(consumers).where(consumers.c.name == name, consumers.c.state == PENDING))
+    if connection.execute(delete(consumers).where(consumers.c.name == name, consumers.c.state == PENDING)).rowcount:
+        connection.execute(delete(ukeys).where(ukeys.c.consumer == name))
 
 
 def list_consumers(connection: Connection) -> tuple[ConsumerEntry, ...]:

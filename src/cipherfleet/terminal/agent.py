@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from cipherfleet.channel.client import Caller
-from cipherfleet.contract.errors import ServiceUnavailable, Tampered
+from cipherfleet.contract.errors import ServiceUnavailable, StatementForged, Tampered, UkeyRevoked
 from cipherfleet.contract.kmc_api import KmcToTerminal, UkeyRemoved
 from cipherfleet.contract.management_api import Inserted, ManagementToTerminal, Removed
 from cipherfleet.contract.settings import Settings
@@ -55,6 +55,7 @@ class Agent:
         """Until the Ukey is removed or ``stop`` is set; either way the service is off then. Raises what ended it otherwise."""
         state = self._state
         async with kmc_caller(state.ukey) as kmc, management_caller(state.ukey) as management:
+            state.calls = kmc
             state.kmc = Link(
                 kmc,
                 lambda: f"/v1/terminal?since={state.ukey.memory.seen.sequence}",
@@ -109,7 +110,7 @@ class Agent:
         try:
             with suppress(ServiceUnavailable):  # also of a Ukey that went: whoever watches it ends us
                 await catch_up(self._state.ukey, kmc)
-        except Tampered as exc:
+        except (Tampered, UkeyRevoked, StatementForged) as exc:
             await self._state.end(exc)
 
     async def _hello_kmc(self) -> None:

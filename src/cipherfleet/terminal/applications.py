@@ -12,7 +12,7 @@ from msgspec import structs
 
 from cipherfleet.channel.certificates import check_chain, identity_of, key_to_pem, make_request, new_key, public_key_der
 from cipherfleet.channel.signing import sign
-from cipherfleet.contract.errors import CertificateInvalid, EscrowRolledBack, Malformed, SignatureInvalid, Unsupported
+from cipherfleet.contract.errors import CertificateInvalid, EscrowRolledBack, Malformed, SignatureInvalid, StatementReplayed, Unsupported
 from cipherfleet.contract.escrow import StatementEntry, statement_digest
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import ApplicationName, is_slug
@@ -97,12 +97,17 @@ async def _submit(ukey: Ukey, statement: ApplicationStatement, csr: bytes) -> Ch
     """
     memory, key = ukey.memory, ukey.record.kmc_signing_key
     for attempt in range(1, ATTEMPTS + 1):
-        numbered = structs.replace(statement, sequence=await memory.next_sequence())  # a number is lost rather than given twice
-        signed = await sign(numbered, ukey.signer)
         async with kmc_caller(ukey) as kmc:
             await catch_up(ukey, kmc)
+            numbered = structs.replace(statement, sequence=await memory.next_sequence())  # a number is lost rather than given twice
+            signed = await sign(numbered, ukey.signer)
             seen = memory.seen
-            reply = await kmc.call("POST", "/v1/applications", ApplicationRequest(signed, csr, seen.sequence), reply=ApplicationReply)
+            try:
+                reply = await kmc.call("POST", "/v1/applications", ApplicationRequest(signed, csr, seen.sequence), reply=ApplicationReply)
+            except StatementReplayed:  # another Ukey of the consumer took the number
+                if attempt == ATTEMPTS:
+                    raise
+                continue
         point = advance(statement.consumer, seen, reply.checkpoint, reply.log, key)
         entry = StatementEntry(statement.name, signed, numbered.sequence)
         check_recorded(reply.log, seen, point, entry.subject, statement_digest(signed))

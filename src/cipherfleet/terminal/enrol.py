@@ -18,6 +18,7 @@ from cipherfleet.contract.kmc_api import EnrolConfirmation, EnrolReply, EnrolReq
 from cipherfleet.contract.management_api import DomainInfo
 from cipherfleet.contract.settings import Settings
 from cipherfleet.terminal.checkpoint import read_checkpoint
+from cipherfleet.terminal.memory import Remembered
 from cipherfleet.terminal.pin import PinHash, pin_bytes, wipe
 from cipherfleet.terminal.ukey import DirectoryUkey, PublicRecord, UkeySecrets, check_vacant, erase
 
@@ -77,7 +78,7 @@ async def enrol(
             pin=PinHash.new(settings or Settings()),
         )
         seen = read_checkpoint(consumer, reply.checkpoint, reply.kmc_signing_key)
-        DirectoryUkey.create(folder, record, keys, reply.ciphertext_cmk, seen, buffer)
+        DirectoryUkey.create(folder, record, keys, reply.ciphertext_cmk, Remembered(seen), buffer)
         try:
             await _confirm(kmc, consumer, serial)
         except Exists:  # another enrolment has the name by now: it is not ours to take back

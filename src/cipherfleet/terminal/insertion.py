@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from cipherfleet.channel.client import Caller
 from cipherfleet.contract.errors import (
     AlreadyRunning,
     CertificateExpired,
@@ -81,6 +82,7 @@ class Service:
 class Insertion:
     """The state that both channels' handlers share. ``served``: whether the service was on since the terminal started."""
 
+    calls: Caller  # to the KMC
     kmc: Link
     management: Link
 

@@ -19,22 +19,37 @@ import msgspec
 from cipherfleet.channel import codec
 from cipherfleet.contract.errors import CipherfleetError, EscrowRolledBack, Malformed, UkeyAbsent, UkeyInvalid
 from cipherfleet.contract.escrow import Seen
-from cipherfleet.contract.ids import ConsumerId
+from cipherfleet.contract.ids import ConsumerId, UkeyId
 from cipherfleet.contract.policy import INTERNATIONAL, Policy
 from cipherfleet.state.files import write_private
 from cipherfleet.terminal.files import fault, read_file
 from cipherfleet.terminal.pin import wipe
 
 CHECKPOINT = "checkpoint.json"
+MAX_AHEAD = 2**32
+"""By how much the KMC's word may raise the number of the next statement."""
+
+
+class KnownUkey(msgspec.Struct, frozen=True):
+    """A Ukey of the same consumer; ``until``: the number of the statement that revoked it, 0 while it counts."""
+
+    ukey: UkeyId
+    public_key: bytes  # SubjectPublicKeyInfo of its identity key, DER
+    until: int = 0
 
 
 class Remembered(msgspec.Struct, frozen=True):
-    """``statement_sequence``: the last number a statement of this Ukey was given."""
+    """``statement_sequence``: the last number that a statement was given, here or by another Ukey of the consumer that is known of.
+
+    ``ukeys``: all of the consumer, after the statements up to number ``ukey_sequence``; empty before there ever was a second one.
+    """
 
     seen: Seen
     statement_sequence: int = 0
     policy: Policy = INTERNATIONAL
     version: int = 1
+    ukeys: tuple[KnownUkey, ...] = ()
+    ukey_sequence: int = 0
 
 
 class _Sealed(msgspec.Struct, frozen=True):
@@ -52,9 +67,9 @@ class DirectoryMemory:
         self._lock = threading.Lock()  # the key is not wiped under a write that uses it
 
     @staticmethod
-    def write_first(folder: Path, key: bytearray, seen: Seen) -> None:
+    def write_first(folder: Path, key: bytearray, remembered: Remembered) -> None:
         """The memory of a new Ukey."""
-        _write(folder, key, Remembered(seen))
+        _write(folder, key, remembered)
 
     @property
     def seen(self) -> Seen:
@@ -66,6 +81,11 @@ class DirectoryMemory:
 
     async def set_policy(self, policy: Policy) -> None:
         await asyncio.to_thread(self._change, lambda known: msgspec.structs.replace(known, policy=policy))
+
+    @property
+    def known(self) -> Remembered:
+        """All of it, as of the last look."""
+        return self._known
 
     async def look(self) -> Seen:
         def again() -> None:
@@ -84,6 +104,26 @@ class DirectoryMemory:
     async def remember(self, seen: Seen) -> None:
         if seen != self._known.seen:
             await asyncio.to_thread(self._change, lambda known: msgspec.structs.replace(known, seen=_newer(known.seen, seen)))
+
+    async def learn(self, point: Seen, ukeys: tuple[KnownUkey, ...], ukey_sequence: int, statement_sequence: int) -> None:
+        """What the escrow showed, once it was verified: where its log stands, whose signatures count, which numbers are used.
+
+        Newer things that were learned meanwhile stay. ``statement_sequence`` is only the KMC's word, so it is believed up to a bound.
+        Raises ``EscrowRolledBack``.
+        """
+
+        def change(known: Remembered) -> Remembered:
+            ahead = point.epoch != known.seen.epoch or point.sequence >= known.seen.sequence
+            number = max(known.statement_sequence, min(statement_sequence, known.statement_sequence + MAX_AHEAD))
+            changed = msgspec.structs.replace(
+                known, seen=_newer(known.seen, point) if ahead else known.seen, statement_sequence=max(number, ukey_sequence)
+            )
+            if ukey_sequence > known.ukey_sequence:
+                changed = msgspec.structs.replace(changed, ukeys=ukeys, ukey_sequence=ukey_sequence)
+            return changed
+
+        if change(self._known) != self._known:
+            await asyncio.to_thread(self._change, change)
 
     async def next_sequence(self) -> int:
         def count(known: Remembered) -> Remembered:

@@ -13,7 +13,7 @@ from cipherfleet.contract.errors import (
     MarkMismatch,
     UkeyAbsent,
 )
-from cipherfleet.contract.escrow import LogEntry
+from cipherfleet.contract.escrow import UKEY, LogEntry
 from cipherfleet.contract.flow import FlowStep, Mark
 from cipherfleet.contract.ids import VcmId
 from cipherfleet.contract.kmc_api import (
@@ -27,6 +27,7 @@ from cipherfleet.contract.kmc_api import (
 )
 from cipherfleet.contract.management_api import LoginFailed
 from cipherfleet.contract.statements import LeaseStatement, Signed
+from cipherfleet.terminal.catch_up import catch_up
 from cipherfleet.terminal.checkpoint import advance, read_checkpoint
 from cipherfleet.terminal.insertion import FINAL, MAX_WAITING, TAKEN_OVER, Insertion, Service
 
@@ -149,6 +150,8 @@ class KeyRelease:
         # must continue that.
         start = memory.seen if point.sequence >= memory.seen.sequence else self._shown
         advance(state.consumer, start, checkpoint, log, state.ukey.record.kmc_signing_key)
+        if any(entry.sequence > memory.seen.sequence and entry.subject.startswith(UKEY) for entry in log):
+            await catch_up(state.ukey, state.calls)
         self._shown = point
         try:
             await memory.remember(point)

@@ -15,7 +15,7 @@ from cipherfleet.channel.sealing import TrustedCard, share_info
 from cipherfleet.contract.errors import CardUnconfirmed
 from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
-from cipherfleet.contract.statements import SealedShare
+from cipherfleet.contract.statements import RevokedUkey, SealedShare
 
 SHARE_BYTES = 32
 _CONFIRM = b"cipherfleet card confirm v1"
@@ -30,9 +30,11 @@ def seal_share(
     public_keys: tuple[bytes, ...],
     kmc_signing_key: bytes,
     seen: Seen,
+    revoked: tuple[RevokedUkey, ...] = (),
 ) -> bytes:
     """The share, sealed to ``card`` for ``vcm``. Raises ``CardUntrusted`` when the card's key is none."""
-    statement = SealedShare(consumer, card.id, vcm, bytes(share), public_keys, kmc_signing_key, seen.epoch, seen.sequence, seen.head)
+    point = (seen.epoch, seen.sequence, seen.head)
+    statement = SealedShare(consumer, card.id, vcm, bytes(share), public_keys, kmc_signing_key, *point, revoked)
     return card.seal(codec.encode(statement), share_info(card.id, vcm))
 
 

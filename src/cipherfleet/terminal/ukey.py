@@ -31,10 +31,11 @@ from cipherfleet.contract.errors import CipherfleetError, Exists, Malformed, Sta
 from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
 from cipherfleet.contract.policy import Policy
+from cipherfleet.contract.statements import RevokedUkey
 from cipherfleet.state.files import flush_folder, write_private
 from cipherfleet.terminal import sealing
 from cipherfleet.terminal.files import fault, read_file
-from cipherfleet.terminal.memory import DirectoryMemory
+from cipherfleet.terminal.memory import DirectoryMemory, KnownUkey, Remembered
 from cipherfleet.terminal.pin import SECRET_BYTES, PinHash, open_secrets, pin_bytes, seal_secrets, wipe
 
 VERSION = 1
@@ -98,6 +99,15 @@ class UkeyMemory(Protocol):
 
     async def next_sequence(self) -> int:
         """A number for a statement, larger than all before; stored durably before it is returned."""
+        ...
+
+    @property
+    def known(self) -> Remembered:
+        """All that is remembered, as of the last look."""
+        ...
+
+    async def learn(self, point: Seen, ukeys: tuple[KnownUkey, ...], ukey_sequence: int, statement_sequence: int) -> None:
+        """What the escrow showed, verified; never goes back. Raises ``EscrowRolledBack``."""
         ...
 
 
@@ -174,6 +184,12 @@ class UkeySecrets:
     def channel(self) -> ec.EllipticCurvePrivateKey:
         return self._key(2)
 
+    def take_share(self, other: "UkeySecrets") -> None:
+        """The other's share instead of one's own: a spare of it."""
+        share = other.share
+        self.buffer[_SCALAR_BYTES : 2 * _SCALAR_BYTES] = share
+        wipe(share)
+
     @property
     def memory_key(self) -> bytearray:
         return self._part(3)
@@ -222,7 +238,9 @@ class DirectoryUkey:
             raise
 
     @classmethod
-    def create(cls, folder: Path, record: PublicRecord, secrets: UkeySecrets, ciphertext_cmk: bytes, seen: Seen, pin: bytearray) -> None:
+    def create(
+        cls, folder: Path, record: PublicRecord, secrets: UkeySecrets, ciphertext_cmk: bytes, remembered: Remembered, pin: bytearray
+    ) -> None:
         """Write a new Ukey: whole, or not at all. ``folder`` must not exist yet, or be empty.
 
         Raises ``Exists``, ``DiskFull`` or ``FileProblem``; nothing is left then.
@@ -234,7 +252,7 @@ class DirectoryUkey:
             raw = codec.encode(record)
             write_private(staging / SECRETS, seal_secrets(secrets.buffer, pin, record.pin, raw))
             write_private(staging / CMK, ciphertext_cmk)
-            DirectoryMemory.write_first(staging, secrets.memory_key, seen)
+            DirectoryMemory.write_first(staging, secrets.memory_key, remembered)
             write_private(staging / RECORD, raw)
             flush_folder(staging)
             staging.rename(folder)
@@ -272,6 +290,11 @@ class DirectoryUkey:
         return self
 
     @property
+    def secrets(self) -> UkeySecrets:
+        """For whoever makes a spare of it. Raises ``UkeyAbsent``."""
+        return self._plugged_in()
+
+    @property
     def public_key(self) -> bytes:
         self._unlocked()
         return self._signer.public_key
@@ -284,6 +307,8 @@ class DirectoryUkey:
     async def seal(self, card: TrustedCard, vcm: VcmId) -> bytes:
         """The share for one card, with what the Ukey has seen. Raises ``UkeyAbsent`` or ``CardUntrusted``."""
         secrets = self._plugged_in()
+        known = self.memory.known
+        others = tuple(ukey.public_key for ukey in known.ukeys if not ukey.until and ukey.public_key != self._signer.public_key)
         share = secrets.share
         try:
             return sealing.seal_share(
@@ -291,9 +316,10 @@ class DirectoryUkey:
                 card,
                 vcm,
                 consumer=self.record.consumer,
-                public_keys=(self._signer.public_key,),
+                public_keys=(self._signer.public_key, *others),
                 kmc_signing_key=self.record.kmc_signing_key,
-                seen=self.memory.seen,
+                seen=known.seen,
+                revoked=tuple(RevokedUkey(ukey.public_key, ukey.until) for ukey in known.ukeys if ukey.until),
             )
         finally:
             wipe(share)

@@ -40,6 +40,10 @@ ROUTES = {
     ("GET", "/v1/vcm"): {Role.VCM},
     ("GET", "/v1/terminal"): {Role.TERMINAL},
     ("POST", "/v1/applications"): {Role.TERMINAL},
+    ("GET", "/v1/ukeys"): {Role.OPERATOR, Role.TERMINAL},
+    ("POST", "/v1/ukeys"): {Role.TERMINAL},
+    ("POST", "/v1/ukeys/x/ukey-00000000/revoke"): {Role.OPERATOR},
+    ("GET", "/v1/ukeys/statements"): {Role.TERMINAL},
 }
 NO_BODY = ("/revoke", "/revoke-ukey", "/search")  # or an empty one
 BODIES = [r for r in ROUTES if r[0] in ("POST", "PUT") and not r[1].endswith(NO_BODY)]

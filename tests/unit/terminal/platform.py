@@ -39,6 +39,7 @@ from cipherfleet.contract.kmc_api import (
     LeaseSigned,
     LogPage,
     TerminalToKmc,
+    UkeyStatements,
 )
 from cipherfleet.contract.lifecycle import Process, TraceEntry
 from cipherfleet.contract.management_api import (
@@ -179,6 +180,7 @@ class Kmc:
         server.route("POST", "/v1/applications", terminal, self._application)
         server.route("GET", "/v1/escrow", terminal, self._log)
         server.route("GET", "/v1/terminal", terminal, self.line.serve)
+        server.route("GET", "/v1/ukeys/statements", terminal, self._ukey_statements)
 
     async def _log(self, call: Call) -> LogPage:
         after = int(call.query("after"))
@@ -251,6 +253,9 @@ class Kmc:
         await self.application_written(entry.subject)
         checkpoint = await self.checkpoint(statement.consumer)
         return ApplicationReply(Chain(chain, domain.pem), checkpoint, tuple(self.log[request.since :]))
+
+    async def _ukey_statements(self, call: Call) -> UkeyStatements:
+        return UkeyStatements((), 0)
 
     async def application_written(self, subject: str) -> None:
         """What happens between the escrow's write and the reply: nothing, unless a test says otherwise."""

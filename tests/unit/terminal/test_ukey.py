@@ -36,6 +36,7 @@ from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
 from cipherfleet.contract.settings import Settings
 from cipherfleet.contract.statements import IdentityRequest, Purpose
 from cipherfleet.terminal import ukey as ukey_module
+from cipherfleet.terminal.memory import Remembered
 from cipherfleet.terminal.pin import SEALED_BYTES, PinHash, _checksum, pin_bytes
 from cipherfleet.terminal.sealing import confirmation
 from cipherfleet.terminal.ukey import DirectoryUkey, PublicRecord, UkeySecrets, read_record
@@ -73,7 +74,7 @@ class Made:
         )
 
     def write(self, folder: Path, pin: str = PIN) -> None:
-        DirectoryUkey.create(folder, self.record, self.secrets, self.cmk, SEEN, pin_bytes(pin))
+        DirectoryUkey.create(folder, self.record, self.secrets, self.cmk, Remembered(SEEN), pin_bytes(pin))
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ from cipherfleet.contract.errors import (
 )
 from cipherfleet.contract.escrow import EscrowRow, VersionAttributes, associated_data
 from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, new_key_id
-from cipherfleet.contract.statements import ApplicationStatement, LoginStatement, Right
+from cipherfleet.contract.statements import ApplicationStatement, LoginStatement, RevokedUkey, Right
 from cipherfleet.contract.vcc import (
     CHUNK_BYTES,
     MAX_STREAMS,
@@ -120,7 +120,9 @@ def refused_deliveries() -> dict[str, Callable[[Consumer], CmkDelivery]]:
         "another VCM inside": with_share(vcm=OTHER_VCM),
         "a short share": with_share(ukey_share=b"s" * 31),
         "no Ukey key": with_share(ukey_public_keys=()),
-        "too many Ukey keys": with_share(ukey_public_keys=(Consumer().spki,) * 5),
+        "too many Ukey keys": with_share(ukey_public_keys=(Consumer().spki,) * 9),
+        "a Ukey that counts and is revoked": lambda c: with_share(revoked_ukeys=(RevokedUkey(c.spki, 7),))(c),
+        "a revoked Ukey key that is none": with_share(revoked_ukeys=(RevokedUkey(b"none", 7),)),
         "a Ukey key that is none": with_share(ukey_public_keys=(b"none",)),
         "a Ukey key of another curve": with_share(ukey_public_keys=(p384,)),
         "a short HSM share": lambda c: c.delivery(hsm_share=b"h" * 31),
