@@ -114,3 +114,37 @@ def test_what_is_refused(shared_cloud: TestCloud, consumer: Consumer, pins: tupl
     assert code("ukey", "revoke", "something", "--consumer", consumer.name, "--state", state) == "malformed"
     assert code("ukey", "revoke", "ukey-00000000", "--state", state) == "malformed"
     assert not (tmp_path / "x").exists()
+
+
+def test_custodians_bring_a_lost_ukey_back(own_cloud: TestCloud, pins: tuple[Path, Path], tmp_path: Path) -> None:
+    """Two of three do, one does not; the lost Ukey is revoked in the same breath, and what was encrypted decrypts."""
+    consumer = own_cloud.enrol("acme")
+    consumer.plug_in()
+    profile = consumer.sign_in("billing")
+    with SyncClient(profile) as client:
+        ciphertext = client.encrypt(client.create_key("AES-256-GCM").id, b"attack at dawn")
+    kit = tmp_path / "kit"
+    asked = ("ukey", "split", "--ukey", consumer.ukey, "--pin-file", pins[0])
+    assert code(*asked, "--shares", 3, "--threshold", 4, "--out", kit) == "malformed"
+    made = command(*asked, "--shares", 3, "--threshold", 2, "--out", kit, "--json")
+    assert made.status == 0, made.stderr
+    files = made.document["files"]
+    assert all(Path(file).stat().st_mode & 0o777 == 0o600 for file in files)
+    assert made.document["header"]["consumer"] == "acme"
+
+    consumer.pull()  # lost
+    stop_agent(own_cloud, consumer)
+    out = ("--out", tmp_path / "found", "--new-pin-file", pins[1])
+    assert code("ukey", "recover", "--share", files[0], *out) == "shares-too-few"
+    assert code("ukey", "recover", "--share", files[0], "--share", files[0], *out) == "share-repeated"
+    assert not (tmp_path / "found").exists()
+    found = command("ukey", "recover", "--share", files[2], "--share", files[0], *out, "--revoke-lost", "--json")
+    assert found.status == 0, found.stderr
+    assert found.document["revoked"] == made.document["header"]["made_by"]
+    recovered = Consumer(own_cloud, "acme", tmp_path / "found", NEW_PIN)
+    recovered.plug_in()
+    with SyncClient(profile) as client:
+        assert client.decrypt(ciphertext) == b"attack at dawn"
+    consumer.put_back()
+    stop_agent(own_cloud, consumer)
+    assert refusal(lambda: consumer.sign_in("thief"))

@@ -444,6 +444,27 @@ class BackupInvalid(Tampered):
     code = "backup-invalid"
 
 
+class ShareInvalid(Tampered):
+    """A custodian's share that was changed or cut off, or does not fit the others."""
+
+    code = "share-invalid"
+    default_hint = "ask the custodian for the file again, or take another one's"
+
+
+class ShareForeign(Tampered):
+    code = "share-foreign"
+    default_hint = "all shares must be of one recovery kit"
+
+
+class ShareRepeated(Conflict):
+    code = "share-repeated"
+    default_hint = "each custodian's share counts once"
+
+
+class SharesTooFew(Conflict):
+    code = "shares-too-few"
+
+
 class BackupTruncated(Tampered):
     code = "backup-truncated"
     default_hint = "the file ends too early; use another copy of it"

@@ -7,15 +7,16 @@ import typer
 from rich.markup import escape
 
 from cipherfleet.app import output
-from cipherfleet.app.options import Json, PinFile, State, UkeyFolder, read_pin, run
+from cipherfleet.app.options import Json, PinFile, State, UkeyFolder, read_file, read_pin, run
 from cipherfleet.app.wiring import Cloud
 from cipherfleet.contract.errors import Malformed
 from cipherfleet.contract.ids import UkeyId, is_slug
 from cipherfleet.contract.kmc_api import UkeyList
+from cipherfleet.terminal import kit as kits
 from cipherfleet.terminal import spare as spares
 from cipherfleet.terminal.ukey import DirectoryUkey
 
-app = typer.Typer(help="Ukeys of a consumer: spare, list, revoke.", no_args_is_help=True)
+app = typer.Typer(help="Ukeys of a consumer: spare, split, recover, list, revoke.", no_args_is_help=True)
 
 NewPinFile = Annotated[
     Path | None,
@@ -49,6 +50,62 @@ def spare(
         output.document({"consumer": consumer, "ukey": serial, "folder": str(out)})
     else:
         output.screen.print(f"{serial} in {escape(str(out))} is a spare Ukey of {consumer}; keep it away from the first one")
+
+
+@app.command()
+def split(
+    ukey: UkeyFolder,
+    shares: Annotated[int, typer.Option("--shares", help="How many custodians get a share: 2 to 16.")],
+    threshold: Annotated[int, typer.Option("--threshold", help="How many of them are needed: 2 at least.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder for the shares; it must not exist yet, or be empty.")],
+    pin_file: PinFile = None,
+    json: Json = False,
+) -> None:
+    """Make a recovery kit: a spare Ukey, sealed, its key in shares for custodians. Give each one its file and delete the folder."""
+    pin = read_pin(pin_file)
+
+    async def work() -> kits.Kit:
+        with DirectoryUkey.open(ukey, pin) as opened:
+            return await kits.split(opened, out, shares=shares, threshold=threshold)
+
+    with output.working("making a recovery kit", quiet=json):
+        kit = run(work())
+    if json:
+        output.document(kit)
+    else:
+        says = kit.header
+        output.screen.print(f"kit {says.kit} of {says.consumer}: {threshold} of {shares} shares bring {says.ukey} back")
+        output.table("shares", ("file",), [(file,) for file in kit.files])
+
+
+@app.command()
+def recover(
+    share: Annotated[list[Path], typer.Option("--share", help="A custodian's file; as many as the kit needs.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder of the Ukey; it must not exist yet, or be empty.")],
+    new_pin_file: NewPinFile = None,
+    revoke_lost: Annotated[bool, typer.Option("--revoke-lost", help="Revoke the Ukey that the kit was made with, too.")] = False,
+    json: Json = False,
+) -> None:
+    """Make a working Ukey from custodians' shares of a recovery kit."""
+    header, found = kits.recover([(str(path), read_file(path)) for path in share])
+    with found:
+        new_pin = read_pin(new_pin_file, confirm=True, what="PIN of the new Ukey")
+        with output.working("recovering", quiet=json):
+            found.write(out.absolute(), new_pin)
+
+    async def work() -> None:
+        with DirectoryUkey.open(out, new_pin) as opened:
+            await spares.revoke(opened, header.made_by)
+
+    if revoke_lost:
+        run(work())
+    if json:
+        revoked = header.made_by if revoke_lost else None
+        output.document({"consumer": header.consumer, "ukey": header.ukey, "folder": str(out), "kit": header.kit, "revoked": revoked})
+    else:
+        output.screen.print(f"{header.ukey} of {header.consumer} is in {escape(str(out))}")
+        if revoke_lost:
+            output.screen.print(f"{header.made_by} is revoked")
 
 
 @app.command("list")
