@@ -7,6 +7,7 @@ from cipherfleet.channel import codec
 from cipherfleet.computing.vcm_escrow import Escrow
 from cipherfleet.contract.errors import Malformed
 from cipherfleet.contract.ids import KeyId
+from cipherfleet.contract.key_life import TAG, tag_term
 from cipherfleet.contract.kmc_api import KeySearch
 from cipherfleet.contract.vcm_api import KeyDescription, KeyQuery
 
@@ -23,8 +24,10 @@ async def find(escrow: Escrow, query: KeyQuery) -> tuple[list[KeyId], str]:
 
 
 def fits(query: KeyQuery, key: KeyDescription) -> bool:
-    """The KMC's answer is a hint: whether the key is one of those that were asked for."""
-    return key.label.startswith(query.label) and query.state in ("", key.state) and query.algorithm in ("", key.algorithm)
+    """The KMC's answer is a hint: whether the key is one of those that were asked for. Of other terms than tags the asker judges."""
+    tags = {tag_term(name, value) for name, value in key.tags.items()}
+    named = key.label.startswith(query.label) and query.state in ("", key.state) and query.algorithm in ("", key.algorithm)
+    return named and tags.issuperset(term for term in query.terms if term.startswith(TAG))
 
 
 def _next(escrow: Escrow, query: KeyQuery) -> tuple[list[KeyId], str]:

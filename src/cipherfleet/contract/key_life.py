@@ -29,6 +29,8 @@ ALIAS_PREFIX = "alias/"
 DUE = "due:"
 """It finds keys that are to be destroyed or rotated some day by this one."""
 MIN_ROTATION_S = 1.0
+TAG = "tag:"
+"""Before NAME=VALUE: the KMC's index finds keys with that tag by it."""
 ALIASED = "alias:"
 """The KMC's index finds keys that have an alias by this word."""
 MAX_LABEL_CHARACTERS = 256
@@ -54,9 +56,14 @@ class KeyUpdate(Message, frozen=True):
     max_uses: int | None = None
 
 
+def tag_term(name: str, value: str) -> str:
+    """What a key with this tag is found by."""
+    return f"{TAG}{name}={value}"
+
+
 def terms_of(attributes: KeyAttributes) -> frozenset[str]:
     """What the KMC's index finds a key by beside its columns, as whole words: ``KIND:VALUE``."""
-    tags = {f"tag:{name}={value}" for name, value in attributes.tags.items()}
+    tags = {tag_term(name, value) for name, value in attributes.tags.items()}
     terms, state = attributes.terms, attributes.state
     due = state is KeyState.PENDING_DELETION or (state is KeyState.ENABLED and bool(terms.rotation_s or terms.rotation_uses))
     return frozenset(tags | ({ALIASED} if attributes.aliases else set()) | ({DUE} if due else set()))

@@ -84,9 +84,30 @@ async def test_pages(client: Client) -> None:
     assert [key.id for key in await client.list_keys(state="disabled", label="shop")] == [made[0].id]
 
 
+async def test_by_tags(client: Client) -> None:
+    made = await client.create_keys("AES-256-GCM", ["a", "b", "c"])
+    await client.update_key(made[0].id, tags={"env": "prod", "team": "x=y"})
+    await client.update_key(made[2].id, tags={"env": "prod"})
+    assert [key.label for key in await client.list_keys(tags={"env": "prod"})] == ["a", "c"]
+    assert [key.label for key in await client.list_keys(tags={"env": "prod", "team": "x=y"}, label="a")] == ["a"]
+    assert await client.list_keys(tags={"env": "test"}) == ()
+
+
 @pytest.mark.parametrize(
     "query",
-    ["limit=0", "limit=1001", "limit=x", "limit=-1", "after=x", "after=W10=", "state=lost", "colour=red", "label=" + "x" * 257],
+    [
+        "tag=x",
+        "&".join(["tag=a=b"] * 17),
+        "limit=0",
+        "limit=1001",
+        "limit=x",
+        "limit=-1",
+        "after=x",
+        "after=W10=",
+        "state=lost",
+        "colour=red",
+        "label=" + "x" * 257,
+    ],
 )
 async def test_wrong_questions(raw: aiohttp.ClientSession, query: str) -> None:
     async with raw.get(f"/v1/keys?{query}") as response:

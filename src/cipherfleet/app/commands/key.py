@@ -98,6 +98,7 @@ def list_(
     label: Annotated[str, typer.Option(help="Only keys whose label begins so.")] = "",
     state: Annotated[str, typer.Option(help="Only keys of this state: enabled, disabled, pending-deletion, deleted.")] = "",
     algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="Only keys of this algorithm.")] = "",
+    tag: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Only keys with this tag.", show_default=False)] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many.", show_default=False)] = None,
     everything: Annotated[bool, typer.Option("--all", help="All of them, however many: what --json does by default.")] = False,
     json: Json = False,
@@ -105,8 +106,9 @@ def list_(
     """Keys of the consumer in the order of their creation; by --label in the order of labels."""
     if everything and limit is not None:
         raise Malformed("--all and --limit do not go together", "give one")
+    tags = dict(map(_tag, tag or ()))
     most = limit if limit is not None or everything or json else SHOWN
-    keys = ask(profile, lambda client: client.list_keys(limit=most, label=label, state=state, algorithm=algorithm))
+    keys = ask(profile, lambda client: client.list_keys(limit=most, label=label, state=state, algorithm=algorithm, tags=tags))
     _show_all(keys, as_json=json)
     if not json and limit is None and len(keys) == most:
         output.errors.print(f"the first {most}; all of them with: cipherfleet key list --all", markup=False)

@@ -7,7 +7,7 @@
     GET  /v1/import                    -> ImportTarget                                  create
     POST /v1/import                    KeyImportRequest -> KeyDescription               create
     POST /v1/import/batch              KeysImportRequest -> KeyListReply, all or none   create
-    GET  /v1/keys                      -> KeyListReply (?limit=&after=&label=&state=&algorithm=)  show
+    GET  /v1/keys                      -> KeyListReply (?limit=&after=&label=&state=&algorithm=&tag=)  show
     GET  /v1/keys/{key}                -> KeyDescription                                show
     POST /v1/keys/{key}/rotate, enable, disable  -> KeyDescription                      manage
     POST /v1/keys/{key}/update         KeyUpdate -> KeyDescription                      manage

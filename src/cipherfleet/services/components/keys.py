@@ -7,7 +7,7 @@ from cipherfleet.channel.server import Call
 from cipherfleet.contract.algorithms import Kind, algorithm
 from cipherfleet.contract.errors import Malformed, WrongKeyType
 from cipherfleet.contract.escrow import KeyState
-from cipherfleet.contract.key_life import check_label
+from cipherfleet.contract.key_life import check_label, tag_term
 from cipherfleet.contract.statements import Right
 from cipherfleet.contract.vcc import CardDescription, Operation
 from cipherfleet.contract.vcm_api import (
@@ -25,6 +25,7 @@ from cipherfleet.services import wire
 from cipherfleet.services.components.bodies import whole_number
 from cipherfleet.services.components.routes import Routes, actor
 
+MAX_TAGS_ASKED = 16
 _STATES = {"enable": KeyState.ENABLED, "disable": KeyState.DISABLED}
 
 
@@ -79,14 +80,18 @@ class Keys:
         return KeyListReply(tuple(await self._routes.host.keys.import_many(request.keys, actor=actor(call))))
 
     async def list_keys(self, call: Call) -> KeyListReply:
-        """A page of keys: ``?limit=&after=&label=&state=&algorithm=``."""
+        """A page of keys: ``?limit=&after=&label=&state=&algorithm=&tag=NAME=VALUE``, the last as often as wanted."""
         for name in call.request.query:
-            if name not in ("limit", "after", "label", "state", "algorithm"):
+            if name not in ("limit", "after", "label", "state", "algorithm", "tag"):
                 raise Malformed(f"keys are not listed by {name[:80]!r}")
         state, name = call.query("state"), call.query("algorithm")
         if state and state not in tuple(KeyState):
             raise Malformed(f"a key is {', '.join(KeyState)}")
+        tags = [text.partition("=") for text in call.request.query.getall("tag", [])]
+        if len(tags) > MAX_TAGS_ASKED or not all(between for _, between, _ in tags):
+            raise Malformed(f"a tag is asked for as NAME=VALUE, at most {MAX_TAGS_ASKED} at once")
         query = KeyQuery(
+            terms=tuple(tag_term(tag, value) for tag, _, value in tags),
             label=call.query("label"),
             state=state,
             algorithm=algorithm(name).name if name else "",

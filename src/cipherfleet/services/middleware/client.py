@@ -131,25 +131,35 @@ class Client:
             done(len(made))
         return tuple(made)
 
-    async def key_page(self, *, limit: int = 100, after: str = "", label: str = "", state: str = "", algorithm: str = "") -> KeyListReply:
+    async def key_page(
+        self,
+        *,
+        limit: int = 100,
+        after: str = "",
+        label: str = "",
+        state: str = "",
+        algorithm: str = "",
+        tags: Mapping[str, str] | None = None,
+    ) -> KeyListReply:
         """A page of up to ``limit`` (1,000) keys, and in ``next`` where the following one begins: empty at the end.
 
-        All keys come in the order of their creation. ``label`` (its beginning), ``state`` and ``algorithm`` choose among them;
+        All keys come in the order of their creation. ``label`` (its beginning), ``state``, ``algorithm`` and ``tags`` choose among them;
         what is found then is checked, but only the list of all keys is sure to be complete.
         """
         asked = {"limit": str(limit), "after": after, "label": label, "state": state, "algorithm": algorithm}
-        query = urlencode({name: value for name, value in asked.items() if value})
+        wanted = [(name, value) for name, value in asked.items() if value]
+        query = urlencode(wanted + [("tag", f"{name}={value}") for name, value in (tags or {}).items()])
         return await self._connection.ask("GET", f"/v1/keys?{query}", KeyListReply)
 
     async def list_keys(
-        self, *, limit: int | None = None, label: str = "", state: str = "", algorithm: str = ""
+        self, *, limit: int | None = None, label: str = "", state: str = "", algorithm: str = "", tags: Mapping[str, str] | None = None
     ) -> tuple[KeyDescription, ...]:
         """All keys, or the first ``limit`` of them; see ``key_page``."""
         found: list[KeyDescription] = []
         after = ""
         while limit is None or len(found) < limit:
             count = MAX_KEYS_AT_ONCE if limit is None else min(MAX_KEYS_AT_ONCE, limit - len(found))
-            page = await self.key_page(limit=count, after=after, label=label, state=state, algorithm=algorithm)
+            page = await self.key_page(limit=count, after=after, label=label, state=state, algorithm=algorithm, tags=tags)
             found += page.keys
             after = page.next
             if not after:
