@@ -7,6 +7,7 @@ certificate, so that revoking one closes them.
 
 import asyncio
 import logging
+import math
 import socket
 import ssl
 import time
@@ -36,6 +37,7 @@ from cipherfleet.contract.errors import (
     Malformed,
     NotPermitted,
     PortTaken,
+    RateLimited,
     RouteUnknown,
     TimedOut,
     TooLarge,
@@ -270,6 +272,8 @@ class Server:
             log.error("internal error in %s %s: %s at %s", request.method, request.path, type(exc).__name__, place)  # noqa: TRY400
             error = Internal("something went wrong on our side")
         refusal = web.Response(status=error.status, body=codec.encode(error.to_reply()), content_type="application/json")
+        if isinstance(error, RateLimited):
+            refusal.headers["Retry-After"] = str(max(1, math.ceil(error.wait_s)))
         if _CALL not in request:  # who has no business here keeps no connection
             refusal.force_close()
         return refusal

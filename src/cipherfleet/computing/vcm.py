@@ -20,7 +20,7 @@ from cipherfleet.computing.vcm_key_life import KeyLife
 from cipherfleet.computing.vcm_keys import Keys
 from cipherfleet.contract.errors import CardUnavailable, ForeignConsumer, LeaseExpired, NotPermitted, ServiceOff
 from cipherfleet.contract.identities import Peer, Role
-from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
+from cipherfleet.contract.ids import CardId, ConsumerId, KeyId, VcmId
 from cipherfleet.contract.kmc_api import AuditLog
 from cipherfleet.contract.settings import Settings
 from cipherfleet.contract.statements import Right, Signed
@@ -74,7 +74,7 @@ class Vcm:
         self._keys = Keys(self.escrow, self._card)
         self.chores = Chores(self._keys, settings.chores_s)
         self._key_life = KeyLife(self._keys, self.escrow, settings)
-        self._grants = Grants(consumer, self.escrow, self._card)
+        self._grants = Grants(consumer, self.escrow, self._card, label_of=self._label_of)
         self._logins = Logins(id_, consumer, self._card)
         self._doors: tuple[Server, socket.socket] | None = None
         self.serving = False
@@ -110,6 +110,17 @@ class Vcm:
     async def authorise(self, peer: Peer, right: Right) -> None:
         self._require_serving()
         await self._grants.authorise(peer, right)
+
+    async def may_some(self, peer: Peer, right: Right) -> bool:
+        self._require_serving()
+        return await self._grants.may_some(peer, right)
+
+    async def authorise_key(self, peer: Peer, right: Right, key: KeyId, context: bytes) -> None:
+        self._require_serving()
+        await self._grants.authorise_key(peer, right, key, context)
+
+    async def _label_of(self, key: KeyId) -> str:
+        return await self._keys.label_of(key)
 
     async def login(self, peer: Peer, statement: Signed) -> LoginReply:
         self._require_serving()

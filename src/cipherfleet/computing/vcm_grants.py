@@ -1,7 +1,8 @@
 """Who may do what in a VCM: what the consumer's Ukey has signed, as the card checked it. The operator's word counts nothing here."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from cipherfleet.channel import codec
 from cipherfleet.computing.vcm_escrow import Escrow
@@ -10,6 +11,7 @@ from cipherfleet.contract.errors import (
     ApplicationUnknown,
     EscrowRolledBack,
     ForeignConsumer,
+    KeyUnknown,
     LoginRefused,
     Malformed,
     NotPermitted,
@@ -18,8 +20,9 @@ from cipherfleet.contract.errors import (
     StatementReplayed,
 )
 from cipherfleet.contract.escrow import StatementEntry
+from cipherfleet.contract.grants import Rates, decide
 from cipherfleet.contract.identities import Peer, Role
-from cipherfleet.contract.ids import ApplicationName, ConsumerId, VcmId
+from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId, VcmId
 from cipherfleet.contract.statements import ApplicationStatement, LoginStatement, Right, Signed
 from cipherfleet.contract.vcc import Operation, VirtualCryptoCard
 
@@ -30,12 +33,62 @@ MAX_LOGINS = 65536
 class Grants:
     """What the applications' newest statements grant."""
 
-    def __init__(self, consumer: ConsumerId, escrow: Escrow, card: VirtualCryptoCard, wall_clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        consumer: ConsumerId,
+        escrow: Escrow,
+        card: VirtualCryptoCard,
+        wall_clock: Callable[[], float] = time.time,
+        *,
+        label_of: Callable[[KeyId], Awaitable[str]],
+    ) -> None:
+        self._label_of = label_of
+        self._rates: dict[ApplicationName, tuple[int, Rates]] = {}
         self._consumer, self._escrow, self._card, self._wall_clock = consumer, escrow, card, wall_clock
         self._checked: dict[ApplicationName, tuple[StatementEntry, ApplicationStatement]] = {}
 
     async def authorise(self, peer: Peer, right: Right) -> None:
         """See ``VcmHost.authorise``. Raises ``ServiceOff`` while nothing is loaded."""
+        statement = await self._of(peer)
+        if right not in statement.rights:
+            raise NotPermitted(f"{peer.identity.id} may not {right}")
+
+    async def may_some(self, peer: Peer, right: Right) -> bool:
+        """See ``VcmHost.may_some``."""
+        statement = await self._of(peer)
+        if right in statement.rights:
+            return True
+        if not any(right in grant.operations for grant in statement.grants):
+            raise NotPermitted(f"{peer.identity.id} may not {right}")
+        return False
+
+    async def authorise_key(self, peer: Peer, right: Right, key: KeyId, context: bytes) -> None:
+        """See ``VcmHost.authorise_key``."""
+        statement = await self._of(peer)
+        if right in statement.rights:
+            return
+        rates = self._rates_of(statement)
+        label = ""
+        if any(grant.labels and right in grant.operations for grant in statement.grants):
+            with suppress(KeyUnknown):
+                label = await self._label_of(key)
+
+        def take(number: int) -> float:
+            return rates.take(number, statement.grants[number].rate)
+
+        try:
+            decide(statement.grants, right, key, label, context, self._wall_clock(), take)
+        except NotPermitted as exc:
+            raise NotPermitted(f"{statement.name} may not {right} with key {key}", exc.hint) from exc
+
+    def _rates_of(self, statement: ApplicationStatement) -> Rates:
+        known = self._rates.get(statement.name)
+        if known is None or known[0] != statement.sequence:
+            known = self._rates[statement.name] = statement.sequence, Rates(time.monotonic)
+        return known[1]
+
+    async def _of(self, peer: Peer) -> ApplicationStatement:
+        """The statement in force on a peer."""
         identity = peer.identity
         if identity.consumer != self._consumer:
             raise ForeignConsumer(f"{identity.uri} is of another consumer")
@@ -51,8 +104,7 @@ class Grants:
             raise ApplicationUnknown(f"the consumer signed {identity.id} in with another key")
         if statement.not_after <= self._wall_clock():
             raise StatementExpired(f"the consumer's statement on {identity.id} has expired")
-        if right not in statement.rights:
-            raise NotPermitted(f"{identity.id} may not {right}")
+        return statement
 
     async def _statement(self, name: ApplicationName, public_key_sha256: bytes) -> ApplicationStatement:
         """The newest statement on ``name``; looked for once more when it does not fit, as it may have been signed a moment ago."""

@@ -183,6 +183,10 @@ class Keys:
 
         await self.retry(attempt)
 
+    async def label_of(self, key: KeyId) -> str:
+        """As the card has sealed it. Raises ``KeyUnknown``."""
+        return (await self.attributes(key))[0].label
+
     async def describe(self, key: KeyId) -> KeyDescription:
         attributes, _ = await self.attributes(key)
         return await self._describe(key, attributes)

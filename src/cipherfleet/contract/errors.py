@@ -5,7 +5,7 @@
     CipherfleetError
     ├── BadInput (400)        malformed, truncated, too-large, out-of-order, unsupported
     ├── Unauthorised (401)    certificate-*, challenge-*, token-stale, statement-forged, pin-wrong, login-refused
-    ├── Forbidden (403)       not-permitted, application-unknown, consumer-revoked, foreign-*, policy-refused
+    ├── Forbidden (403)       not-permitted, grant-expired, rate-limited, application-unknown, consumer-revoked, foreign-*, policy-refused
     ├── NotFound (404)        key-unknown, vcm-unknown, consumer-unknown, route-unknown
     ├── Conflict (409)        exists, key-disabled, state-*, mark-mismatch, wrong-key-type
     ├── Tampered (422)        ciphertext-*, escrow-*, signature-invalid, mac-invalid, checkpoint-*
@@ -234,6 +234,28 @@ class UkeyRevoked(Forbidden):
 
 class ForeignConsumer(Forbidden):
     code = "foreign-consumer"
+
+
+class GrantExpired(Forbidden):
+    code = "grant-expired"
+    default_hint = "the consumer grants it anew with: cipherfleet app grant"
+
+
+class ContextNotGranted(Forbidden):
+    """The grant is bound to an encryption context, and this is another."""
+
+    code = "context-not-granted"
+
+
+class RateLimited(Forbidden):
+    """More operations than the grant allows. ``wait_s``: seconds until there is one, if it is known."""
+
+    code = "rate-limited"
+    status = 429
+
+    def __init__(self, message: str, hint: str = "", *, wait_s: float = 0.0) -> None:
+        super().__init__(message, hint or (f"wait {wait_s:.1f} s" if wait_s else ""))
+        self.wait_s = wait_s
 
 
 class PolicyRefused(Forbidden):

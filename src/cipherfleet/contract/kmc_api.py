@@ -46,6 +46,7 @@ import msgspec
 from msgspec import Meta
 
 from cipherfleet.contract.escrow import EscrowRow, LogEntry, RowName, RowWrite, StatementEntry
+from cipherfleet.contract.grants import Grant
 from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, MachineId, Serial, TokenId, UkeyId, VcmId
 from cipherfleet.contract.messages import Chain, Message
 from cipherfleet.contract.statements import Purpose, Right, Signed
@@ -100,6 +101,7 @@ class ApplicationEntry(Message, frozen=True):
     rights: tuple[Right, ...]
     not_after: int
     serial: Serial
+    grants: tuple[Grant, ...] = ()
 
 
 class ApplicationList(Message, frozen=True):

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from cipherfleet.contract.grants import Grant
 from cipherfleet.contract.ids import ApplicationName, ConsumerId
 from cipherfleet.contract.statements import Right
 
@@ -21,6 +22,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rights: tuple[Right, ...]
     not_after: int
     version: int = 1
+    grants: tuple[Grant, ...] = ()
     root: str = ""  # the CA that certifies cards, for who brings keys of their own
 
     def __repr__(self) -> str:

@@ -9,8 +9,10 @@ from typing import ClassVar
 
 import msgspec
 
+from cipherfleet.contract.grants import Grant
 from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, UkeyId, VcmId
 from cipherfleet.contract.policy import INTERNATIONAL, Policy
+from cipherfleet.contract.rights import Right as Right
 
 
 class Signature(msgspec.Struct, frozen=True):
@@ -83,24 +85,11 @@ class LoginStatement(Statement, frozen=True):
     nonce: bytes
 
 
-class Right(StrEnum):
-    """What an application may do in its domain."""
-
-    CREATE = "create"
-    SHOW = "show"
-    MANAGE = "manage"
-    ENCRYPT = "encrypt"
-    DECRYPT = "decrypt"
-    SIGN = "sign"
-    VERIFY = "verify"
-    MAC = "mac"
-    DERIVE = "derive"
-    DIGEST = "digest"
-    RANDOM = "random"
-
-
 class ApplicationStatement(Statement, frozen=True):
-    """The consumer signs an application in (``revoked`` signs it out). ``sequence`` grows with every statement."""
+    """The consumer signs an application in (``revoked`` signs it out). ``sequence`` grows with every statement.
+
+    ``rights`` are good for every key, ``grants`` for those that they name.
+    """
 
     KIND: ClassVar[str] = "cipherfleet/application/v1"
     consumer: ConsumerId
@@ -110,6 +99,7 @@ class ApplicationStatement(Statement, frozen=True):
     not_after: int  # unix seconds
     sequence: int
     revoked: bool = False
+    grants: tuple[Grant, ...] = ()
 
 
 class UkeyStatement(Statement, frozen=True):

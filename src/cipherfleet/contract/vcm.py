@@ -124,6 +124,20 @@ class VcmHost(Protocol):
         """
         ...
 
+    async def may_some(self, peer: Peer, right: Right) -> bool:
+        """Whether ``peer`` has ``right`` for every key; without, some grant must give it for some: ``authorise_key`` tells which.
+
+        Raises as ``authorise``.
+        """
+        ...
+
+    async def authorise_key(self, peer: Peer, right: Right, key: KeyId, context: bytes) -> None:
+        """That ``peer`` may do this with this key in this context. It counts as one operation.
+
+        Raises as ``authorise``, ``GrantExpired``, ``ContextNotGranted`` or ``RateLimited``.
+        """
+        ...
+
     async def login(self, peer: Peer, statement: Signed) -> LoginReply:
         """Creation step 8. Raises ``ServiceOff`` until CMK and lease are there, ``LoginRefused`` when it may not be."""
         ...

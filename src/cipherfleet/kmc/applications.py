@@ -20,6 +20,7 @@ from cipherfleet.contract.errors import (
     StatementReplayed,
 )
 from cipherfleet.contract.escrow import LogEntry, StatementEntry, statement_digest
+from cipherfleet.contract.grants import check_grants
 from cipherfleet.contract.identities import Identity, Peer, Role
 from cipherfleet.contract.ids import ApplicationName, ConsumerId, Serial
 from cipherfleet.contract.kmc_api import ApplicationEntry, ApplicationList, ApplicationReply, ApplicationRequest
@@ -34,7 +35,7 @@ from cipherfleet.kmc.schema import consumers, statements
 from cipherfleet.kmc.service import Service
 
 MAX_APPLICATIONS = 512
-MAX_STATEMENT_BYTES = 1024
+MAX_STATEMENT_BYTES = 32 * 1024
 MAX_DAYS = 826  # the longest that settings allow, and a day for clocks
 MAX_SEQUENCE = 2**62
 
@@ -104,7 +105,9 @@ class Applications:
         for row in found:
             statement = codec.decode(codec.decode(row.statement, Signed).payload, ApplicationStatement)
             state = "revoked" if row.revoked else "expired" if statement.not_after <= now else "active"
-            entries.append(ApplicationEntry(row.name, row.consumer, state, statement.rights, statement.not_after, row.serial))
+            entries.append(
+                ApplicationEntry(row.name, row.consumer, state, statement.rights, statement.not_after, row.serial, statement.grants)
+            )
         return ApplicationList(tuple(entries))
 
     def _check(self, signed: Signed, consumer: store.Consumer) -> ApplicationStatement:
@@ -121,8 +124,9 @@ class Applications:
             raise StatementExpired("the statement's end is past")
         if statement.not_after > now + MAX_DAYS * 86400:
             raise PolicyRefused(f"an application is signed in for at most {MAX_DAYS - 1} days")
-        if not statement.rights or len(set(statement.rights)) != len(statement.rights):
-            raise Malformed("a statement names each right once, and one at least")
+        if not (statement.rights or statement.grants) or len(set(statement.rights)) != len(statement.rights):
+            raise Malformed("a statement names each right once, and one right or grant at least")
+        check_grants(statement.grants)
         return statement
 
     async def _certify(self, statement: ApplicationStatement, csr: bytes) -> Issued:

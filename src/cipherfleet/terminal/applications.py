@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from msgspec import structs
 
 from cipherfleet.channel.certificates import check_chain, identity_of, key_to_pem, make_request, new_key, public_key_der
 from cipherfleet.channel.signing import sign
 from cipherfleet.contract.errors import CertificateInvalid, EscrowRolledBack, Malformed, SignatureInvalid, StatementReplayed, Unsupported
 from cipherfleet.contract.escrow import StatementEntry, statement_digest
+from cipherfleet.contract.grants import Grant, check_grants
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import ApplicationName, is_slug
 from cipherfleet.contract.kmc_api import ApplicationReply, ApplicationRequest
@@ -38,8 +39,10 @@ async def sign_in(
     days: int | None = None,
     csr: bytes | None = None,
     settings: Settings | None = None,
+    *,
+    grants: Sequence[Grant] = (),
 ) -> Profile:
-    """The profile of the application ``name``, certified for ``days`` with ``rights``.
+    """The profile of the application ``name``, certified for ``days`` with ``rights`` (for every key) and ``grants`` (for some).
 
     ``csr`` (PKCS#10, PEM or DER) leaves the key with the application; otherwise one is made here and goes into the profile.
     Raises ``Malformed``, ``SignatureInvalid``, ``Unsupported``, ``UkeyAbsent``, ``EscrowRolledBack``, ``CheckpointForged``, or
@@ -48,7 +51,8 @@ async def sign_in(
     days = (settings or Settings()).application_days if days is None else days
     if not is_slug(name):
         raise Malformed("an application's name has 1 to 32 of a-z, 0-9 and dash")
-    if not rights:
+    check_grants(grants)
+    if not rights and not grants:
         raise Malformed("an application without any right can do nothing", f"rights are: {', '.join(Right)}")
     if not 1 <= days <= MAX_DAYS:
         raise Malformed(f"an application's certificate lasts 1 to {MAX_DAYS} days")
@@ -62,7 +66,7 @@ async def sign_in(
     async with management_caller(ukey) as management:  # first: without endpoints the certificate would be of no use
         domain = await management.call("GET", "/v1/domain", reply=DomainInfo)
     not_after = int(time.time()) + days * 86400
-    named = ApplicationStatement(consumer, name, hashlib.sha256(public_key).digest(), granted, not_after, 0)
+    named = ApplicationStatement(consumer, name, hashlib.sha256(public_key).digest(), granted, not_after, 0, grants=tuple(grants))
     chain = await _submit(ukey, named, request)
     leaf = check_chain(chain.chain, ukey.record.domain.encode())
     if identity_of(leaf) != Identity(Role.APPLICATION, name, consumer) or public_key_der(leaf.public_key()) != public_key:
@@ -75,9 +79,26 @@ async def sign_in(
         chain=chain.chain.decode(),
         key=key_pem.decode(),
         rights=granted,
+        grants=tuple(grants),
         not_after=not_after,
         root=ukey.record.root,
     )
+
+
+async def sign_in_anew(ukey: Ukey, profile: Profile, rights: Sequence[Right], days: int, grants: Sequence[Grant]) -> Profile:
+    """``sign_in`` with the key in ``profile``: other rights and grants in the place of those before. Raises as it does."""
+    if profile.consumer != ukey.record.consumer:
+        raise Malformed("the profile is another consumer's")
+    try:
+        key = load_pem_private_key(profile.key.encode(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
+        raise Malformed("the profile's key cannot be read") from exc
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise Malformed("the profile's key is of another kind than those that are made here")
+    name = profile.application
+    csr = make_request(key, Identity(Role.APPLICATION, name, profile.consumer))
+    made = await sign_in(ukey, name, rights, days, csr, grants=grants)
+    return structs.replace(made, key=profile.key)
 
 
 async def sign_out(ukey: Ukey, name: ApplicationName) -> None:

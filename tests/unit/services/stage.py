@@ -28,8 +28,9 @@ from cipherfleet.contract.errors import (
     NotPermitted,
 )
 from cipherfleet.contract.escrow import Seen
+from cipherfleet.contract.grants import Grant, Rates, decide
 from cipherfleet.contract.identities import Identity, Peer, Role
-from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, VcmId
+from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, VcmId
 from cipherfleet.contract.kmc_api import AuditEntry, AuditLog, CardReply
 from cipherfleet.contract.messages import Chain
 from cipherfleet.contract.profile import Profile
@@ -117,6 +118,8 @@ class StageHost:
         self.chores = Chores(self.keys, 1.0, self.now)
         self.rights: dict[str, tuple[Right, ...]] = {"shop": ALL_RIGHTS}
         self.revoked: set[str] = set()
+        self.grants: dict[str, tuple[Grant, ...]] = {}
+        self.rates: dict[str, Rates] = {}
         self.serves_on: list[str] = []
 
     def now(self) -> float:
@@ -132,6 +135,22 @@ class StageHost:
             raise ApplicationUnknown(f"{name} was never signed in")
         if right not in self.rights[name]:
             raise NotPermitted(f"{name} lacks the right {right}")
+
+    async def may_some(self, peer: Peer, right: Right) -> bool:
+        try:
+            await self.authorise(peer, right)
+        except NotPermitted:
+            if not any(right in grant.operations for grant in self.grants.get(peer.identity.id, ())):
+                raise
+            return False
+        return True
+
+    async def authorise_key(self, peer: Peer, right: Right, key: KeyId, context: bytes) -> None:
+        if not await self.may_some(peer, right):
+            grants = self.grants[peer.identity.id]
+            rates = self.rates.setdefault(peer.identity.id, Rates(lambda: 0.0))
+            label = await self.keys.label_of(key)
+            decide(grants, right, key, label, context, 0.0, lambda number: rates.take(number, grants[number].rate))
 
     async def login(self, peer: Peer, statement: Signed) -> LoginReply:
         if statement.kind != "right":

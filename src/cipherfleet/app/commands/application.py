@@ -1,6 +1,7 @@
 """Applications: signed in by the consumer's Ukey, listed and revoked, and run inside the security domain."""
 
 import os
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from cipherfleet.app import output
+from cipherfleet.app.grant_text import SHAPE, parse_grant, show_grant
 from cipherfleet.app.options import Json, PinFile, State, UkeyFolder, read_file, read_pin, run
 from cipherfleet.app.wiring import Cloud
 from cipherfleet.contract.errors import ApplicationUnknown, FileProblem, IsolationUnavailable, Malformed
@@ -19,13 +21,15 @@ from cipherfleet.contract.management_api import DomainInfo
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.settings import Settings
 from cipherfleet.contract.statements import Right
+from cipherfleet.services.middleware.connection import read_profile
 from cipherfleet.state.files import write_private
-from cipherfleet.terminal.applications import sign_in, sign_out
+from cipherfleet.terminal.applications import sign_in, sign_in_anew, sign_out
 from cipherfleet.terminal.ukey import DirectoryUkey
 
-app = typer.Typer(help="Applications: add, list, revoke, exec.", no_args_is_help=True)
+app = typer.Typer(help="Applications: add, grant, list, revoke, exec.", no_args_is_help=True)
 
 NameArgument = Annotated[str, typer.Argument(help="The application's name: a-z, 0-9, dash; at most 32.")]
+GrantOption = Annotated[list[str] | None, typer.Option("--grant", help=f"For some keys alone, repeatable: {SHAPE}.")]
 ConsumerOption = Annotated[str | None, typer.Option(help="Whose (needed when two consumers use the same name).")]
 
 
@@ -36,7 +40,10 @@ def add(
     out: Annotated[Path, typer.Option(help="Where the profile goes (mode 0600).")],
     pin_file: PinFile = None,
     csr: Annotated[Path | None, typer.Option(help="The application's own certificate request, PEM or DER; its key stays with it.")] = None,
-    allow: Annotated[str, typer.Option(help=f"Rights, comma separated: {', '.join(Right)}; or all.")] = "all",
+    allow: Annotated[
+        str | None, typer.Option(help=f"Rights with every key, comma separated: {', '.join(Right)}; or all (the default without --grant).")
+    ] = None,
+    grant: GrantOption = None,
     days: Annotated[int, typer.Option(min=1, max=825, help="How long the certificate is valid.")] = Settings().application_days,
     json: Json = False,
 ) -> None:
@@ -44,23 +51,54 @@ def add(
     if not is_slug(name):
         raise Malformed(f"{name!r} cannot name an application", "use 1 to 32 of a-z, 0-9 and dash")
     request = read_file(csr) if csr else None
-    rights = _rights(allow)
+    grants = tuple(parse_grant(text, time.time()) for text in grant or ())
+    rights = _rights(allow or ("" if grants else "all"))
     pin = read_pin(pin_file)
 
     async def work() -> Profile:
         with DirectoryUkey.open(ukey, pin) as opened:
-            return await sign_in(opened, ApplicationName(name), rights, days, request)
+            return await sign_in(opened, ApplicationName(name), rights, days, request, grants=grants)
 
-    profile = run(work())
+    _tell_signed_in(run(work()), out, as_json=json)
+
+
+@app.command("grant")
+def grant_(
+    ukey: UkeyFolder,
+    profile: Annotated[Path, typer.Option(help="The application's profile, with its key; it is written anew.")],
+    pin_file: PinFile = None,
+    allow: Annotated[str | None, typer.Option(help="Rights with every key, as of `app add` (default: as they are).")] = None,
+    grant: GrantOption = None,
+    days: Annotated[int, typer.Option(min=1, max=825, help="How long the certificate is valid.")] = Settings().application_days,
+    json: Json = False,
+) -> None:
+    """Give an application other rights and grants in the place of those it has. Its key stays, its certificate is a new one."""
+    old = read_profile(profile)
+    if not old.key:
+        raise Malformed("the profile has no key", "sign the application in anew: cipherfleet app add --csr")
+    grants = tuple(parse_grant(text, time.time()) for text in grant or ())
+    rights = old.rights if allow is None else _rights(allow)
+    pin = read_pin(pin_file)
+
+    async def work() -> Profile:
+        with DirectoryUkey.open(ukey, pin) as opened:
+            return await sign_in_anew(opened, old, rights, days, grants)
+
+    _tell_signed_in(run(work()), profile, as_json=json)
+
+
+def _tell_signed_in(profile: Profile, out: Path, *, as_json: bool) -> None:
     try:
         write_private(out, msgspec.json.format(msgspec.json.encode(profile), indent=1))
     except OSError as exc:
         raise FileProblem(f"cannot write {out}: {exc.strerror}") from exc
-    if json:
+    if as_json:
         shown = {"application": profile.application, "consumer": profile.consumer, "profile": str(out)}
-        output.document({**shown, "rights": profile.rights, "endpoints": profile.endpoints, "not_after": profile.not_after})
+        output.document(
+            {**shown, "rights": profile.rights, "grants": profile.grants, "endpoints": profile.endpoints, "not_after": profile.not_after}
+        )
     else:
-        output.screen.print(f"{name} of {profile.consumer} is signed in; its profile is {escape(str(out))}")
+        output.screen.print(f"{profile.application} of {profile.consumer} is signed in; its profile is {escape(str(out))}")
 
 
 @app.command("list")
@@ -70,8 +108,18 @@ def list_(state: State, json: Json = False) -> None:
     if json:
         output.document(entries)
     else:
-        rows = [(a.name, a.consumer, a.state, ", ".join(a.rights), datetime.fromtimestamp(a.not_after, UTC).date()) for a in entries]
-        output.table("applications", ("name", "consumer", "state", "rights", "until"), rows)
+        rows = [
+            (
+                a.name,
+                a.consumer,
+                a.state,
+                ", ".join(a.rights),
+                "\n".join(map(show_grant, a.grants)),
+                datetime.fromtimestamp(a.not_after, UTC).date(),
+            )
+            for a in entries
+        ]
+        output.table("applications", ("name", "consumer", "state", "rights", "grants", "until"), rows)
 
 
 @app.command()
@@ -135,6 +183,10 @@ def exec_(
     os.execvp("ip", ["ip", "netns", "exec", namespace, *command])
 
 
+def _until(entry: ApplicationEntry) -> str:
+    return str(datetime.fromtimestamp(entry.not_after, UTC).date())
+
+
 async def _entries(cloud: Cloud) -> tuple[ApplicationEntry, ...]:
     async with cloud.kmc() as kmc:
         return (await kmc.call("GET", "/v1/applications", reply=ApplicationList)).applications
@@ -149,6 +201,8 @@ async def _one(cloud: Cloud, name: str, consumer: str | None) -> ApplicationEntr
 
 
 def _rights(text: str) -> tuple[Right, ...]:
+    if not text:
+        return ()
     if text == "all":
         return tuple(Right)
     try:

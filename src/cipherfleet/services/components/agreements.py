@@ -18,19 +18,21 @@ SECRET_BYTES = 32
 class Agreements:
     def __init__(self, routes: Routes) -> None:
         self._routes = routes
-        routes.add("POST", "/v1/keys/{key}/agree", (Right.DERIVE,), self.agree)
-        routes.add("POST", "/v1/keys/{key}/derive", (Right.DERIVE,), self.derive)
+        routes.add("POST", "/v1/keys/{key}/agree", (Right.DERIVE,), self.agree, deferred=True)
+        routes.add("POST", "/v1/keys/{key}/derive", (Right.DERIVE,), self.derive, deferred=True)
         routes.add("POST", "/v1/keys/{key}/encapsulate", (Right.ENCRYPT,), self.encapsulate)
         routes.add("POST", "/v1/keys/{key}/decapsulate", (Right.DECRYPT,), self.decapsulate)
 
     async def agree(self, call: Call) -> SecretReply:
         ask = await self._routes.body(call).message(wire.AgreeAsk)
+        await self._routes.permit(call, Right.DERIVE, await self._routes.key_id(call), ask.context)
         use = await self._use(call, Use.AGREE)
         request = StreamRequest(Verb.AGREE, ask.context, length=ask.length, salt=ask.salt, peer=ask.peer)
         return SecretReply(use.key, use.version, await self._run(use, request))
 
     async def derive(self, call: Call) -> SecretReply:
         ask = await self._routes.body(call).message(wire.DeriveAsk)
+        await self._routes.permit(call, Right.DERIVE, await self._routes.key_id(call), ask.context)
         use = await self._use(call, Use.DERIVE)
         return SecretReply(
             use.key, use.version, await self._run(use, StreamRequest(Verb.DERIVE, ask.context, length=ask.length, salt=ask.salt))

@@ -53,6 +53,7 @@ RIGHTS: dict[Verb, tuple[Right, ...]] = {
     Verb.DECAPSULATE: (Right.DECRYPT,),
     Verb.DERIVE: (Right.DERIVE,),
 }
+_CONTEXTUAL = frozenset({Verb.ENCRYPT, Verb.DECRYPT, Verb.SIGN, Verb.VERIFY, Verb.AGREE, Verb.DERIVE})
 _PARAMETERS_ROOM = MAX_PARAMETER_BYTES - 1024
 
 
@@ -93,7 +94,10 @@ class Batches:
     async def _prepare(self, call: Call, number: int, item: wire.BatchAskItem) -> _Ready:
         """Who may, which key, and what the card is to do."""
         for right in RIGHTS[item.operation]:
-            await self._routes.host.authorise(call.peer, right)
+            if item.operation is Verb.DIGEST:
+                await self._routes.host.authorise(call.peer, right)
+            else:
+                await self._routes.host.may_some(call.peer, right)
         if len(item.data) > MAX_DATA_BYTES or len(item.context) > wire.MAX_CONTEXT_BYTES or len(item.signature) > wire.MAX_SIGNATURE_BYTES:
             raise TooLarge("data, context or signature of this item is too large")
         request = StreamRequest(
@@ -112,17 +116,25 @@ class Batches:
         keys = self._routes.host.keys
         named = None
         if item.key:
-            named = await keys.use(await self._routes.named_key(item.key), version=item.version, protects=item.operation not in PROCESSING)
+            key = await self._routes.named_key(item.key)
+            if item.operation is Verb.REENCRYPT:
+                await self._routes.permit(call, Right.ENCRYPT, key, item.target_context)
+            else:
+                (right,) = RIGHTS[item.operation]
+                await self._routes.permit(call, right, key, item.context if item.operation in _CONTEXTUAL else b"")
+            named = await keys.use(key, version=item.version, protects=item.operation not in PROCESSING)
             self._routes.check_use(named, *USES[item.operation])
         if item.operation is Verb.REENCRYPT or (item.operation is Verb.DECRYPT and (named is None or not named.bare)):
-            return await self._from_message(number, item, request, named)
+            return await self._from_message(call, number, item, request, named)
         if named is None:
             raise Malformed("this item names no key")
         return _Ready(number, named, BatchItem(request, named.handle, len(item.data)), item.data)
 
-    async def _from_message(self, number: int, item: wire.BatchAskItem, request: StreamRequest, named: KeyUse | None) -> _Ready:
+    async def _from_message(self, call: Call, number: int, item: wire.BatchAskItem, request: StreamRequest, named: KeyUse | None) -> _Ready:
         raw = item.data[:HEADER_BYTES]
         header = Header.decode(raw)
+        if item.operation is Verb.REENCRYPT or named is None:
+            await self._routes.permit(call, Right.DECRYPT, KeyId(header.key), item.context)
         source = self._routes.check_use(await self._routes.host.keys.use(KeyId(header.key), version=header.version), Use.ENCRYPT)
         if by_number(header.algorithm).name != source.algorithm:
             raise CiphertextInvalid("the ciphertext's header names another algorithm than its key has")

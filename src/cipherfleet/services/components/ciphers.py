@@ -23,11 +23,11 @@ _SEALED_CHUNK = CHUNK_BYTES + TAG_BYTES
 class Ciphers:
     def __init__(self, routes: Routes) -> None:
         self._routes = routes
-        routes.add("POST", "/v1/keys/{key}/encrypt", (Right.ENCRYPT,), self.encrypt)
-        routes.add("POST", "/v1/decrypt", (Right.DECRYPT,), self.decrypt)
-        routes.add("POST", "/v1/keys/{key}/decrypt", (Right.DECRYPT,), self.decrypt_with)
-        routes.add("POST", "/v1/keys/{key}/reencrypt", (Right.DECRYPT, Right.ENCRYPT), self.reencrypt)
-        routes.add("POST", "/v1/keys/{key}/data-key", (Right.ENCRYPT,), self.data_key)
+        routes.add("POST", "/v1/keys/{key}/encrypt", (Right.ENCRYPT,), self.encrypt, contextual=True)
+        routes.add("POST", "/v1/decrypt", (Right.DECRYPT,), self.decrypt, deferred=True)
+        routes.add("POST", "/v1/keys/{key}/decrypt", (Right.DECRYPT,), self.decrypt_with, contextual=True)
+        routes.add("POST", "/v1/keys/{key}/reencrypt", (Right.DECRYPT, Right.ENCRYPT), self.reencrypt, deferred=True)
+        routes.add("POST", "/v1/keys/{key}/data-key", (Right.ENCRYPT,), self.data_key, contextual=True)
 
     async def encrypt(self, call: Call) -> object:
         body = self._routes.body(call)
@@ -43,7 +43,7 @@ class Ciphers:
 
         Only verified plaintext leaves the card.
         """
-        return await self._decrypt(call, expected=call.request.headers.get(wire.KEY))
+        return await self._decrypt(call, expected=call.request.headers.get(wire.KEY), permit=True)
 
     async def decrypt_with(self, call: Call) -> object:
         """With the key that the path names: a bare ciphertext, of the version that the caller names or the newest; or a message."""
@@ -53,10 +53,10 @@ class Ciphers:
         request = StreamRequest(Verb.DECRYPT, self._routes.context(call), digest=digest_choice(call.request))
         return await self._bare(call, self._routes.body(call), use, request)
 
-    async def _decrypt(self, call: Call, *, expected: str | None) -> object:
+    async def _decrypt(self, call: Call, *, expected: str | None, permit: bool = False) -> object:
         body = self._routes.body(call)
         context = self._routes.context(call)
-        header, use = await self._source(body, expected=expected)
+        header, use = await self._source(body, (call, context) if permit else None, expected=expected)
         length = _opened_length(body.length)
         return await self._routes.cipher(call, body, use, StreamRequest(Verb.DECRYPT, context, header), handle=use.handle, length=length)
 
@@ -64,8 +64,9 @@ class Ciphers:
         """A ciphertext under any key becomes one under the path's key; the plaintext stays in the card."""
         body = self._routes.body(call)
         context, target_context = self._routes.context(call), self._routes.context(call, wire.TARGET_CONTEXT)
+        await self._routes.permit(call, Right.ENCRYPT, await self._routes.key_id(call), target_context)
         target = await self._routes.key_use(call, Use.ENCRYPT, protects=True)
-        header, source = await self._source(body)
+        header, source = await self._source(body, (call, context))
         _opened_length(body.length)  # cut ciphertexts are refused before anything is sent
         request = StreamRequest(Verb.REENCRYPT, context, header, target=target.handle, target_context=target_context)
         return await self._routes.cipher(call, body, target, request, handle=source.handle, length=body.length)
@@ -90,11 +91,16 @@ class Ciphers:
         data = await body.whole(MAX_DATA_BYTES)
         return raw(await run(self._routes.host.card, use.handle, request, data), key_headers(use))
 
-    async def _source(self, body: Body, *, expected: str | None = None) -> tuple[bytes, KeyUse]:
-        """The header of the ciphertext in the body, and the key it names. Raises ``CiphertextForeignKey`` unless it is ``expected``."""
+    async def _source(self, body: Body, permit: tuple[Call, bytes] | None, *, expected: str | None = None) -> tuple[bytes, KeyUse]:
+        """The header of the ciphertext in the body, and the key it names, which ``permit`` (request, context) must be granted.
+
+        Raises ``CiphertextForeignKey`` unless it is ``expected``.
+        """
         await body.fill(HEADER_BYTES - 1)
         raw = body.take(HEADER_BYTES)
         header = Header.decode(raw)
+        if permit is not None:
+            await self._routes.permit(permit[0], Right.DECRYPT, KeyId(header.key), permit[1])
         if expected is not None and header.key != await self._routes.named_key(unquote(expected)):
             raise CiphertextForeignKey("the ciphertext was made with another key than the one that was named")
         named = by_number(header.algorithm)

@@ -37,6 +37,8 @@ class Life:
 
     async def update(self, call: Call) -> KeyDescription:
         change = await self._routes.body(call).message(KeyUpdate)
+        if change.label is not None:  # grants go by labels: who manages one key alone brings it under no other grant
+            await self._routes.host.authorise(call.peer, Right.MANAGE)
         return await self._routes.host.key_life.update(await self._routes.key_id(call), change, actor=actor(call))
 
     async def list_aliases(self, call: Call) -> AliasListReply:

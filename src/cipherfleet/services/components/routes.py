@@ -22,6 +22,7 @@ from cipherfleet.services.components.streams import Answer, transform
 Handler = Callable[[Call], Awaitable[object]]
 
 MAX_REMEMBERED_ERRORS = 1024
+_KEY = web.RequestKey("key", str)
 ANY_RIGHT: tuple[Right, ...] = ()
 _NO_STORE = {"Cache-Control": "no-store"}
 _VERBS_OF = {
@@ -45,12 +46,19 @@ class Routes:
         self._stall_s = stall_s
         self._errors: OrderedDict[tuple[Serial, str], ErrorBody] = OrderedDict()
 
-    def add(self, method: str, path: str, rights: tuple[Right, ...], handler: Handler) -> None:
-        """Serve ``handler`` to applications that have all of ``rights`` (with ``ANY_RIGHT``: at least one of any)."""
+    def add(
+        self, method: str, path: str, rights: tuple[Right, ...], handler: Handler, *, contextual: bool = False, deferred: bool = False
+    ) -> None:
+        """Serve ``handler`` to applications that have all of ``rights`` (with ``ANY_RIGHT``: at least one of any).
+
+        A grant is enough for the key that the path names. ``contextual``: the operation's context is the header's; else it has
+        none. ``deferred``: key or context are not known before the handler, which calls ``permit`` itself.
+        """
+        keyed = "{key}" in path
 
         async def serve(call: Call) -> object:
             try:
-                await self._authorise(call, rights)
+                await self._authorise(call, rights, keyed=keyed, contextual=contextual, deferred=deferred)
                 with self.host.keys.hold():
                     return await handler(call)
             except ConnectionError:
@@ -69,8 +77,18 @@ class Routes:
         return self.check_use(await self.host.keys.use(await self.key_id(call), version=version, protects=protects), *uses)
 
     async def key_id(self, call: Call) -> KeyId:
-        """The key that the path names, by its id or as ``alias/NAME``. Raises ``Malformed`` or ``AliasUnknown``."""
-        return await self.named_key(call.path("key", str))
+        """The key that the path names, by its id or as ``alias/NAME``: one for the whole request.
+
+        Raises ``Malformed`` or ``AliasUnknown``.
+        """
+        found = call.request.get(_KEY)
+        if found is None:
+            found = call.request[_KEY] = await self.named_key(call.path("key", str))
+        return KeyId(found)
+
+    async def permit(self, call: Call, right: Right, key: KeyId, context: bytes = b"") -> None:
+        """What a ``deferred`` handler asks before it does anything. Raises as ``VcmHost.authorise_key``."""
+        await self.host.authorise_key(call.peer, right, key, context)
 
     async def named_key(self, name: str) -> KeyId:
         """As ``key_id``, of a name from elsewhere."""
@@ -116,15 +134,19 @@ class Routes:
         """Why a request of this very caller broke off."""
         return wire.RequestError(self._errors.get((call.peer.serial, call.path("request", wire.RequestId))))
 
-    async def _authorise(self, call: Call, rights: tuple[Right, ...]) -> None:
-        if rights:
-            for right in rights:
+    async def _authorise(self, call: Call, rights: tuple[Right, ...], *, keyed: bool, contextual: bool, deferred: bool) -> None:
+        for right in rights:
+            if not keyed and not deferred:
                 await self.host.authorise(call.peer, right)
+            elif not await self.host.may_some(call.peer, right) and not deferred:
+                context = self.context(call) if contextual else b""
+                await self.host.authorise_key(call.peer, right, await self.key_id(call), context)
+        if rights:
             return
         refused = NotPermitted("this application has no rights")
         for right in Right:
             try:
-                await self.host.authorise(call.peer, right)
+                await self.host.may_some(call.peer, right)
             except NotPermitted as exc:
                 refused = exc
             else:

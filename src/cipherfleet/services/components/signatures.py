@@ -20,8 +20,8 @@ MAX_TRIED_VERSIONS = 8
 class Signatures:
     def __init__(self, routes: Routes) -> None:
         self._routes = routes
-        routes.add("POST", "/v1/keys/{key}/sign", (Right.SIGN,), self.sign)
-        routes.add("POST", "/v1/keys/{key}/verify", (Right.VERIFY,), self.verify)
+        routes.add("POST", "/v1/keys/{key}/sign", (Right.SIGN,), self.sign, contextual=True)
+        routes.add("POST", "/v1/keys/{key}/verify", (Right.VERIFY,), self.verify, contextual=True)
         routes.add("POST", "/v1/keys/{key}/mac", (Right.MAC,), self.mac)
         routes.add("POST", "/v1/keys/{key}/verify-mac", (Right.VERIFY,), self.verify_mac)
         routes.add("POST", "/v1/digest/{algorithm}", (Right.DIGEST,), self.digest)

@@ -16,16 +16,19 @@ from cipherfleet.contract.errors import (
     ApplicationUnknown,
     EscrowRolledBack,
     ForeignConsumer,
+    GrantExpired,
     LoginRefused,
     NotPermitted,
+    RateLimited,
     ServiceOff,
     StatementExpired,
     StatementForged,
     StatementReplayed,
 )
 from cipherfleet.contract.escrow import Seen
-from cipherfleet.contract.identities import Identity, Role
-from cipherfleet.contract.ids import ApplicationName, VcmId, new_vcm_id
+from cipherfleet.contract.grants import Grant
+from cipherfleet.contract.identities import Identity, Peer, Role
+from cipherfleet.contract.ids import ApplicationName, KeyId, VcmId, new_key_id, new_vcm_id
 from cipherfleet.contract.statements import ApplicationStatement, Right, Signature
 from tests.unit.computing.machine.fake_kmc import EPOCH, FakeConsumer, FakeKmc, other_key, peer, signed
 from tests.unit.computing.machine.stage import CardOfTests
@@ -45,8 +48,12 @@ class Doorkeeper:
         self.consumer, self.vcm = consumer, vcm
         self.now = time.time()
         self.escrow = Escrow(consumer.name, consumer, kmc.signing_key)
-        self.grants = Grants(consumer.name, self.escrow, card, lambda: self.now)
+        self.grants = Grants(consumer.name, self.escrow, card, lambda: self.now, label_of=self.label_of)
+        self.labels: dict[str, str] = {}
         self.logins = Logins(vcm, consumer.name, card)
+
+    async def label_of(self, key: KeyId) -> str:
+        return self.labels[key]
 
     async def load(self) -> None:
         await self.escrow.load(Seen(EPOCH, len(self.consumer.log), self.consumer.head()))
@@ -72,6 +79,61 @@ async def test_a_right_that_was_granted_may_be_used_and_no_other(door: Doorkeepe
     door.consumer.calls.clear()
     await door.grants.authorise(billing, Right.ENCRYPT)
     assert door.consumer.calls == []
+
+
+def granted(door: Doorkeeper, *grants: Grant) -> Peer:
+    """An application with grants alone, signed by the Ukey."""
+    credentials = door.consumer.domain.credentials(
+        Identity(Role.APPLICATION, "billing", door.consumer.name), trust=door.consumer.domain.pem
+    )
+    one = peer(credentials)
+    door.consumer.sequence += 1
+    until = int(door.now) + 3600
+    name = ApplicationName("billing")
+    made = ApplicationStatement(door.consumer.name, name, one.public_key_sha256, (), until, door.consumer.sequence, grants=grants)
+    door.consumer.keep("billing", signed(made, door.consumer.ukey))
+    return one
+
+
+async def test_a_grant_of_the_ukey_holds_for_its_key_until_its_end(door: Doorkeeper) -> None:
+    key, other = new_key_id(), new_key_id()
+    billing = granted(door, Grant((Right.ENCRYPT,), (key,), not_after=int(door.now) + 60), Grant((Right.SIGN,), labels=("b*",), rate=1))
+    assert not await door.grants.may_some(billing, Right.ENCRYPT)
+    await door.grants.authorise_key(billing, Right.ENCRYPT, key, b"any")
+    for refused in (door.grants.authorise(billing, Right.ENCRYPT), door.grants.authorise_key(billing, Right.ENCRYPT, other, b"")):
+        with pytest.raises(NotPermitted):
+            await refused
+    with pytest.raises(NotPermitted):
+        await door.grants.may_some(billing, Right.DECRYPT)
+    door.labels = {key: "billing", other: "payroll"}
+    await door.grants.authorise_key(billing, Right.SIGN, key, b"")
+    with pytest.raises(NotPermitted, match="billing may not sign"):
+        await door.grants.authorise_key(billing, Right.SIGN, other, b"")
+    with pytest.raises(RateLimited):
+        await door.grants.authorise_key(billing, Right.SIGN, key, b"")
+    door.now += 60
+    with pytest.raises(GrantExpired):
+        await door.grants.authorise_key(billing, Right.ENCRYPT, key, b"")
+
+
+async def test_a_grant_that_the_operator_wrote_is_worth_nothing(door: Doorkeeper) -> None:
+    domain = door.consumer.domain
+    rogue = peer(domain.credentials(Identity(Role.APPLICATION, "rogue", door.consumer.name), trust=domain.pem))
+    door.consumer.sequence += 1
+    made = ApplicationStatement(
+        door.consumer.name,
+        ApplicationName("rogue"),
+        rogue.public_key_sha256,
+        (),
+        int(door.now) + 60,
+        door.consumer.sequence,
+        grants=(Grant((Right.DECRYPT,)),),
+    )
+    door.consumer.keep("rogue", signed(made, new_key()))
+    with pytest.raises(StatementForged):
+        await door.grants.may_some(rogue, Right.DECRYPT)
+    with pytest.raises(StatementForged):
+        await door.grants.authorise_key(rogue, Right.DECRYPT, new_key_id(), b"")
 
 
 async def test_nothing_is_granted_before_the_escrow_is_loaded(door: Doorkeeper) -> None:
