@@ -6,7 +6,7 @@ import sys
 import typer
 
 from cipherfleet.app import output
-from cipherfleet.app.commands import application, audit, backup, bench, cloud, consumer, data, demo, key, policy, ukey, vcm
+from cipherfleet.app.commands import application, audit, backup, bench, cloud, consumer, data, demo, key_transfer, policy, ukey, vcm
 from cipherfleet.app.options import Wish
 from cipherfleet.channel.process import keep_freed_memory
 from cipherfleet.contract.errors import CipherfleetError
@@ -28,7 +28,7 @@ app.add_typer(ukey.app, name="ukey")
 app.add_typer(vcm.app, name="vcm")
 app.add_typer(application.app, name="app")
 app.add_typer(policy.app, name="policy")
-app.add_typer(key.app, name="key")
+app.add_typer(key_transfer.app, name="key")
 for command in data.COMMANDS:
     app.command()(command)
 app.command()(audit.algorithms)

@@ -15,7 +15,7 @@ import msgspec
 
 from cipherfleet.channel import codec
 from cipherfleet.channel.sealing import import_info
-from cipherfleet.computing import card_chain, engine, engine_wrap
+from cipherfleet.computing import card_chain, engine, engine_transfer, engine_wrap
 from cipherfleet.computing.card_chain import KeyChain
 from cipherfleet.computing.card_lease import Lease, boottime
 from cipherfleet.computing.card_tables import KeyTable, StreamTable
@@ -30,7 +30,10 @@ from cipherfleet.contract.errors import (
     CipherfleetError,
     CmkInvalid,
     ForeignConsumer,
+    ImportTokenExpired,
+    ImportTokenInvalid,
     KeyExpired,
+    KeyNotExportable,
     LeaseExpired,
     Malformed,
     SealedForeign,
@@ -52,7 +55,11 @@ from cipherfleet.contract.vcc import (
     CardDescription,
     CmkDelivery,
     DataKeyRequest,
+    ExportRequest,
+    ImportKey,
+    ImportKeyRequest,
     ImportRequest,
+    ImportWrappedRequest,
     KeyMaterial,
     Operation,
     RandomRequest,
@@ -148,6 +155,9 @@ class VirtualFunction:
             Operation.VERIFY_STATEMENT: self._verify_statement,
             Operation.GENERATE: self._generate,
             Operation.IMPORT: self._import,
+            Operation.IMPORT_KEY: self._import_key,
+            Operation.IMPORT_WRAPPED: self._import_wrapped,
+            Operation.EXPORT: self._export,
             Operation.LOAD: self._load,
             Operation.UNLOAD: self._unload,
             Operation.SEAL_ATTRIBUTES: self._seal_attributes,
@@ -389,6 +399,47 @@ class VirtualFunction:
             wipe(brought.material)
             raise SealedForeign("the key material was sealed for another consumer or algorithm")
         return self._make(row, attributes, chosen, lambda: engine.check_material(chosen, brought.material))
+
+    def _import_key(self, request: Request) -> Work:
+        """step one of bringing a key: whoever has the token can import one key, under the id in it."""
+        asked = _parameters(request, ImportKeyRequest)
+        algorithm(asked.token.algorithm)
+
+        def keep(private: bytearray) -> Answer:
+            try:
+                token = engine_transfer.seal_token(self._require_chain().wrapping, self.consumer, asked.token, private)
+                return Answer(parameters=codec.encode(ImportKey(token, engine_transfer.public_half(private))))
+            finally:
+                wipe(private)
+
+        return Work(lambda _: engine_transfer.new_import_key(asked.bits), keep, self._life, alone=True, lasting=True)
+
+    def _import_wrapped(self, request: Request) -> Answer | Work:
+        row, token, wrapped = msgspec.structs.astuple(_parameters(request, ImportWrappedRequest))
+        attributes, chosen = self._wanted(row, imported=True)
+        private = engine_transfer.open_token(self._require_chain().wrapping, self.consumer, token)
+        if self._wall_clock() >= token.expires_at:
+            wipe(private)
+            raise ImportTokenExpired("the import token has expired")
+        if (row.key, row.version, chosen.name, attributes.bare) != (token.key, 1, token.algorithm, token.bare):
+            wipe(private)
+            raise ImportTokenInvalid("the import token is for another key")
+        material = engine_transfer.unwrap(private, wrapped)
+        return self._make(row, attributes, chosen, lambda: engine.check_material(chosen, material))
+
+    def _export(self, request: Request) -> Answer:
+        asked = _parameters(request, ExportRequest)
+        key = self._keys.get(request.handle)
+        if not key.exportable:
+            raise KeyNotExportable(f"key {key.id} was not made to leave the card")
+        self._permit(key)
+        if bool(asked.public_key) == bool(asked.wrapping):
+            raise Malformed("a key is exported to a public key, or under a wrap key")
+        if asked.public_key:
+            return Answer(data=engine_transfer.wrap_to(asked.public_key, key))
+        wrapping = self._keys.get(asked.wrapping)
+        self._permit(wrapping)
+        return Answer(data=engine_transfer.wrap_under(wrapping, key))
 
     def _wanted(self, row: RowRequest, *, imported: bool = False) -> tuple[VersionAttributes, Algorithm]:
         """What a new version shall be."""

@@ -116,6 +116,7 @@ class Key:
         self.bare = chosen.bare_only or (attributes is not None and attributes.bare)
         self.created_at = 0.0 if attributes is None else attributes.created_at
         self.imported = attributes is not None and attributes.imported
+        self.exportable = attributes is not None and attributes.exportable
         self.not_after = 0.0 if attributes is None else attributes.not_after
         self.secret = bytearray()
         self.private: PrivateKey | None = None

@@ -18,6 +18,7 @@ from cipherfleet.computing.vcm_escrow import Escrow, Kmc
 from cipherfleet.computing.vcm_grants import Grants, Logins
 from cipherfleet.computing.vcm_key_life import KeyLife
 from cipherfleet.computing.vcm_keys import Keys
+from cipherfleet.computing.vcm_transfer import Transfer
 from cipherfleet.contract.errors import CardUnavailable, ForeignConsumer, LeaseExpired, NotPermitted, ServiceOff
 from cipherfleet.contract.identities import Peer, Role
 from cipherfleet.contract.ids import CardId, ConsumerId, KeyId, VcmId
@@ -73,6 +74,7 @@ class Vcm:
         self.escrow = Escrow(consumer, kmc, kmc_signing_key)
         self._keys = Keys(self.escrow, self._card)
         self.chores = Chores(self._keys, settings.chores_s)
+        self._transfer = Transfer(self._keys, self._card, settings)
         self._key_life = KeyLife(self._keys, self.escrow, settings)
         self._grants = Grants(consumer, self.escrow, self._card, label_of=self._label_of)
         self._logins = Logins(id_, consumer, self._card)
@@ -102,6 +104,10 @@ class Vcm:
     @property
     def keys(self) -> Keys:
         return self._keys
+
+    @property
+    def transfer(self) -> Transfer:
+        return self._transfer
 
     @property
     def key_life(self) -> KeyLife:

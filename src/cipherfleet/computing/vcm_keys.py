@@ -19,6 +19,7 @@ from cipherfleet.contract.algorithms import Algorithm, Kind, algorithm
 from cipherfleet.contract.errors import (
     CipherfleetError,
     EscrowRowTampered,
+    ImportTokenUsed,
     KeyUnknown,
     ServiceOff,
     ServiceUnavailable,
@@ -54,10 +55,12 @@ from cipherfleet.contract.key_life import (
 )
 from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.policy import INTERNATIONAL, refusal
-from cipherfleet.contract.vcc import Completion, ImportRequest, Operation, RowRequest, VirtualCryptoCard
+from cipherfleet.contract.vcc import Completion, ImportRequest, ImportToken, ImportWrappedRequest, Operation, RowRequest, VirtualCryptoCard
 from cipherfleet.contract.vcm import KeyUse
 from cipherfleet.contract.vcm_api import KeyDescription, KeyImportRequest, KeyListReply, KeyQuery
 
+Imported = bytes | tuple[ImportToken, bytes]
+"""What was sealed to the card, or wrapped to the import key of a token."""
 Change = Callable[[KeyAttributes], KeyAttributes | None]
 _EVENTS = {KeyState.ENABLED: "key-enable", KeyState.DISABLED: "key-disable"}
 
@@ -95,6 +98,20 @@ class Keys:
     async def import_many(self, keys: Sequence[KeyImportRequest], *, actor: str) -> list[KeyDescription]:
         """All of these, or none. Raises as ``import_key``."""
         return await self._create_many(keys, actor, "key-import")
+
+    async def import_by_token(self, token: ImportToken, wrapped: bytes, *, label: str, actor: str, terms: KeyTerms) -> KeyDescription:
+        """The one key of a token. Its row is written once, whichever VCM writes it: so a token is good once. Raises ``ImportTokenUsed``."""
+        self._require_loaded()
+        await self._escrow.require()
+        now = self._wall_clock()
+        attributes = msgspec.structs.replace(_first_attributes(token.algorithm, label, actor, token.bare), created_at=now, terms=terms)
+        if self._escrow.has(token.key, 0):
+            raise ImportTokenUsed("the import token was used before")
+        try:
+            await self._write_version(token.key, attributes, None, now, actor, "key-import", (token, wrapped))
+        except StateConflict as exc:
+            raise ImportTokenUsed("the import token was used before") from exc
+        return await self.describe(token.key)
 
     async def _create(
         self, name: str, sealed: bytes | None, label: str, actor: str, event: str, bare: bool, terms: KeyTerms
@@ -382,7 +399,7 @@ class Keys:
         now: float,
         actor: str,
         event: str,
-        imported: bytes | None = None,
+        imported: Imported | None = None,
     ) -> None:
         """Make the current version of ``attributes`` in the card (or open what is ``imported`` there), and store it with them."""
         version = attributes.current_version
@@ -398,12 +415,17 @@ class Keys:
         for row in (material, sealed):
             self._escrow.note_sealed(row)
 
-    async def _make(self, key: KeyId, attributes: KeyAttributes, now: float, imported: bytes | None) -> Completion:
+    async def _make(self, key: KeyId, attributes: KeyAttributes, now: float, imported: Imported | None) -> Completion:
         """The current version of ``attributes``, made or opened in the card. Raises what the card says."""
-        of_version = VersionAttributes(attributes.algorithm, now, bare=attributes.bare, not_after=attributes.terms.not_after)
+        terms = attributes.terms
+        of_version = VersionAttributes(
+            attributes.algorithm, now, bare=attributes.bare, not_after=terms.not_after, exportable=terms.exportable
+        )
         request = RowRequest(key, attributes.current_version, codec.encode(of_version))
         if imported is None:
             return await self._handles.submit(Operation.GENERATE, codec.encode(request))
+        if isinstance(imported, tuple):
+            return await self._handles.submit(Operation.IMPORT_WRAPPED, codec.encode(ImportWrappedRequest(request, *imported)))
         return await self._handles.submit(Operation.IMPORT, codec.encode(ImportRequest(request, imported)))
 
     async def _load(self, key: KeyId, version: int) -> int:

@@ -124,6 +124,12 @@ class KeyMaterialInvalid(BadInput):
     code = "key-material-invalid"
 
 
+class ImportTokenInvalid(BadInput):
+    """It is not of this consumer's cards, was changed, or is for another key."""
+
+    code = "import-token-invalid"
+
+
 class ExponentWeak(KeyMaterialInvalid):
     """An RSA key whose public exponent is even, or below 65537 (FIPS 186-5, section 5.1)."""
 
@@ -340,6 +346,24 @@ class KeyExpired(Conflict):
 
     code = "key-expired"
     default_hint = "re-encrypt what it encrypted to another key"
+
+
+class KeyNotExportable(Conflict):
+    """A key leaves the card only if it was made for that."""
+
+    code = "key-not-exportable"
+
+
+class ImportTokenExpired(Conflict):
+    code = "import-token-expired"
+    default_hint = "ask for new import parameters"
+
+
+class ImportTokenUsed(Conflict):
+    """A token is good for one import."""
+
+    code = "import-token-used"
+    default_hint = "ask for new import parameters"
 
 
 class KeyUsesSpent(Conflict):

@@ -79,6 +79,7 @@ class VersionAttributes(msgspec.Struct, frozen=True):
     public_key: bytes = b""
     imported: bool = False
     bare: bool = False
+    exportable: bool = False  # the card gives it out, wrapped
     not_after: float = 0.0  # unix seconds: the card protects nothing with it from then on; 0: for ever
 
 

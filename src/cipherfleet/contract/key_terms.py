@@ -14,6 +14,7 @@ class KeyTerms(msgspec.Struct, frozen=True, omit_defaults=True):
     rotation_s: float = 0.0  # seconds from one version to the next
     rotation_uses: int = 0  # so many uses, about, from one version to the next
     max_uses: int = 0  # of all versions together, on all VCMs
+    exportable: bool = False  # may leave the card, wrapped: fixed when it is made
 
     @property
     def counted(self) -> bool:

@@ -38,6 +38,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deletion_days: Annotated[int, Meta(ge=1, le=365, description="how long a key waits for its deletion, and at most, days")] = 30
     deletion_days_min: Annotated[float, Meta(ge=0, le=365, description="how long it waits at least, days")] = 7
     chores_s: Annotated[float, Meta(gt=0, le=3600, description="how often a VCM looks for keys to rotate or destroy, seconds")] = 10.0
+    import_token_s: Annotated[float, Meta(gt=0, le=604800, description="how long an import token is good, seconds")] = 86400.0
     aliases_per_key: Annotated[int, Meta(ge=0, le=50, description="how many aliases a key may have")] = 50
     tags_per_key: Annotated[int, Meta(ge=0, le=50, description="how many tags a key may have")] = 50
     argon2_memory_kib: Annotated[int, Meta(ge=8192, description="memory of the PIN's and passphrase's Argon2id, KiB")] = 65536

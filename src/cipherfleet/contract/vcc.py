@@ -51,6 +51,9 @@ class Operation(IntEnum):
     ABORT = 19  # stream in ``handle``
     RUN = 20  # handle, StreamRequest, data -> data: everything at once
     IMPORT = 21  # ImportRequest -> as GENERATE
+    IMPORT_KEY = 40  # ImportKeyRequest -> ImportKey: a fresh RSA key to wrap material to, itself sealed in the token
+    IMPORT_WRAPPED = 41  # ImportWrappedRequest -> as GENERATE
+    EXPORT = 42  # handle, ExportRequest -> data: the key's material, wrapped
     BATCH = 22  # BatchRequest, data of all items -> parameters: BatchAnswer; data: the results, one after the other
 
 
@@ -135,6 +138,43 @@ class ImportRequest(msgspec.Struct, frozen=True):
 
     row: RowRequest
     sealed: bytes
+
+
+class ImportToken(msgspec.Struct, frozen=True):
+    """``sealed``: nonce(12) || AES-256-GCM over the import key (PKCS#8), with a key of the CMK's; the rest is authenticated."""
+
+    key: KeyId
+    algorithm: str
+    bare: bool
+    expires_at: float  # unix seconds
+    sealed: bytes = b""
+
+
+class ImportKeyRequest(msgspec.Struct, frozen=True):
+    token: ImportToken
+    bits: int  # 3072 or 4096
+
+
+class ImportKey(msgspec.Struct, frozen=True):
+    """``public_key``: SubjectPublicKeyInfo DER."""
+
+    token: ImportToken
+    public_key: bytes
+
+
+class ImportWrappedRequest(msgspec.Struct, frozen=True):
+    """``wrapped``: RSA-OAEP (SHA-256) of the material, or of an AES key and then the material under it (RFC 5649)."""
+
+    row: RowRequest
+    token: ImportToken
+    wrapped: bytes
+
+
+class ExportRequest(msgspec.Struct, frozen=True):
+    """To an RSA key (SubjectPublicKeyInfo DER), or under the AES-256-KWP key of handle ``wrapping``."""
+
+    public_key: bytes = b""
+    wrapping: int = 0
 
 
 class KeyMaterial(msgspec.Struct, frozen=True):

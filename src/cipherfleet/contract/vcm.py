@@ -15,7 +15,18 @@ from cipherfleet.contract.kmc_api import AuditLog
 from cipherfleet.contract.policy import Policy
 from cipherfleet.contract.statements import Right, Signed
 from cipherfleet.contract.vcc import VirtualCryptoCard
-from cipherfleet.contract.vcm_api import AliasEntry, KeyDescription, KeyImportRequest, KeyListReply, KeyQuery, LoginReply
+from cipherfleet.contract.vcm_api import (
+    AliasEntry,
+    ExportReply,
+    ImportParameters,
+    ImportParametersRequest,
+    KeyDescription,
+    KeyImportRequest,
+    KeyListReply,
+    KeyQuery,
+    LoginReply,
+    WrappedImportRequest,
+)
 
 
 class KeyUse(msgspec.Struct, frozen=True):
@@ -99,6 +110,16 @@ class KeyLife(Protocol):
     async def cancel_deletion(self, key: KeyId, *, actor: str) -> KeyDescription: ...
 
 
+class KeyTransfer(Protocol):
+    """Keys that come and go wrapped."""
+
+    async def import_parameters(self, wanted: ImportParametersRequest) -> ImportParameters: ...
+
+    async def import_wrapped(self, request: WrappedImportRequest, *, actor: str) -> KeyDescription: ...
+
+    async def export(self, key: KeyId, version: int | None, *, public_key: bytes, wrapping: KeyId | None) -> ExportReply: ...
+
+
 class VcmHost(Protocol):
     """One VCM, as its components see it."""
 
@@ -113,6 +134,9 @@ class VcmHost(Protocol):
 
     @property
     def keys(self) -> KeyStore: ...
+
+    @property
+    def transfer(self) -> KeyTransfer: ...
 
     @property
     def key_life(self) -> KeyLife: ...

@@ -126,6 +126,48 @@ class TrimRequest(Message, frozen=True):
     before: int
 
 
+class ImportParametersRequest(Message, frozen=True):
+    algorithm: str
+    bits: int = 4096  # of the RSA key to wrap to: 3072 or 4096
+    bare: bool = False
+
+
+class ImportParameters(Message, frozen=True):
+    """A key's id, and the RSA key (SubjectPublicKeyInfo DER) to wrap its material to: one import, until ``expires_at``."""
+
+    key: KeyId
+    algorithm: str
+    public_key: bytes
+    token: bytes
+    expires_at: float
+    mechanism: str = "RSA_AES_KEY_WRAP_SHA_256"
+
+
+class WrappedImportRequest(Message, frozen=True):
+    """``wrapped``: by RSA-OAEP with SHA-256 at once, or an AES key so, and behind it the material under it (RFC 5649)."""
+
+    token: bytes
+    wrapped: bytes
+    label: str = ""
+    terms: KeyTerms = NO_TERMS
+
+
+class ExportAsk(Message, frozen=True):
+    """Either an RSA ``public_key`` (SubjectPublicKeyInfo DER), or a ``wrapping_key`` of AES-256-KWP."""
+
+    public_key: bytes = b""
+    wrapping_key: str = ""
+    version: int | None = None
+
+
+class ExportReply(Message, frozen=True):
+    key: KeyId
+    version: int
+    algorithm: str
+    mechanism: str
+    wrapped: bytes
+
+
 class AliasEntry(Message, frozen=True):
     """``name`` is without ``alias/``, which goes before it where a key is named."""
 

@@ -20,6 +20,7 @@ from cipherfleet.computing.vcm_escrow import Escrow
 from cipherfleet.computing.vcm_key_life import KeyLife
 from cipherfleet.computing.vcm_keys import Keys
 from cipherfleet.computing.vcm_process import KEEPALIVE_TIMEOUT_S, MAX_PER_CERTIFICATE
+from cipherfleet.computing.vcm_transfer import Transfer
 from cipherfleet.contract.errors import (
     ApplicationRevoked,
     ApplicationUnknown,
@@ -115,6 +116,7 @@ class StageHost:
         self.ahead_s = 0.0  # of the VCM's clock, before the card's
         self.keys = Keys(escrow, card, self.now)
         self.key_life = KeyLife(self.keys, escrow, Settings(), self.now)
+        self.transfer = Transfer(self.keys, card, Settings(), self.now)
         self.chores = Chores(self.keys, 1.0, self.now)
         self.rights: dict[str, tuple[Right, ...]] = {"shop": ALL_RIGHTS}
         self.revoked: set[str] = set()

@@ -39,6 +39,9 @@ ROUTES: dict[tuple[str, str], tuple[Right, ...]] = {
     ("POST", "/v1/keys/{key}/enable"): (Right.MANAGE,),
     ("POST", "/v1/keys/{key}/disable"): (Right.MANAGE,),
     ("POST", "/v1/keys/{key}/delete"): (Right.MANAGE,),
+    ("POST", "/v1/import/parameters"): (Right.CREATE,),
+    ("POST", "/v1/import/wrapped"): (Right.CREATE,),
+    ("POST", "/v1/keys/{key}/export"): (Right.MANAGE,),
     ("POST", "/v1/keys/{key}/trim"): (Right.MANAGE,),
     ("POST", "/v1/keys/{key}/schedule-deletion"): (Right.MANAGE,),
     ("POST", "/v1/keys/{key}/cancel-deletion"): (Right.MANAGE,),
@@ -125,7 +128,7 @@ async def test_an_application_that_was_never_signed_in(stage: Stage) -> None:
 
 @pytest.mark.parametrize(("method", "path"), [r for r in ROUTES if "{key}" in r[1]], ids=" ".join)
 async def test_keys_that_are_not_there(raw: aiohttp.ClientSession, method: str, path: str) -> None:
-    bodies = dict.fromkeys(("data-key", "update", "schedule-deletion"), b"{}")
+    bodies = dict.fromkeys(("data-key", "update", "schedule-deletion", "export"), b"{}")
     bodies |= {"trim": b'{"before": 1}', "agree": b'{"peer": ""}', "derive": b'{"length": 32}', "decapsulate": b'{"ciphertext": ""}'}
     how: dict[str, Any] = {"data": bodies.get(path.rpartition("/")[2], b"data")} if method == "POST" else {}
     how["headers"] = {"X-Cipherfleet-Signature": "AAAA"}

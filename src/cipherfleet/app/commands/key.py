@@ -43,6 +43,7 @@ def create(
     rotate_days: RotateDays = None,
     rotate_uses: RotateUses = None,
     max_uses: MaxUses = None,
+    exportable: Annotated[bool, typer.Option(help="It may leave the card, wrapped; fixed for ever.")] = False,
     count: Annotated[int, typer.Option(min=1, max=100_000, help="How many; of each thousand all are made, or none.")] = 1,
     json: Json = False,
 ) -> None:
@@ -50,7 +51,14 @@ def create(
     if name and algorithm and name != algorithm:
         raise Malformed("two algorithms are given", "give one")
     chosen = algorithm or name or "AES-256-GCM"
-    terms = KeyTerms(seconds(not_before) or 0.0, seconds(not_after) or 0.0, period(rotate_days) or 0.0, rotate_uses or 0, max_uses or 0)
+    terms = KeyTerms(
+        not_before=seconds(not_before) or 0.0,
+        not_after=seconds(not_after) or 0.0,
+        rotation_s=period(rotate_days) or 0.0,
+        rotation_uses=rotate_uses or 0,
+        max_uses=max_uses or 0,
+        exportable=exportable,
+    )
     if count > 1:
         if terms != NO_TERMS:
             raise Malformed("many keys at once are made without terms", "make them one by one")
@@ -58,7 +66,7 @@ def create(
             made = ask(profile, lambda client: client.create_keys(chosen, [label] * count, bare=bare, done=done))
         _show_all(made, as_json=json)
         return
-    _show(ask(profile, lambda client: client.create_key(chosen, label=label, bare=bare, terms=terms)), as_json=json)
+    show_key(ask(profile, lambda client: client.create_key(chosen, label=label, bare=bare, terms=terms)), as_json=json)
 
 
 @app.command("import")
@@ -89,7 +97,7 @@ def import_(
     if algorithm is None:
         raise Malformed("no algorithm is given", "see: cipherfleet algorithms")
     material = read_small(source)
-    _show(ask(profile, lambda client: client.import_key(algorithm, material, label=label, bare=bare)), as_json=json)
+    show_key(ask(profile, lambda client: client.import_key(algorithm, material, label=label, bare=bare)), as_json=json)
 
 
 @app.command("list")
@@ -127,25 +135,25 @@ def show(
         if not described.public_key:
             raise Malformed(f"a key of {described.algorithm} has no public key")
         public_key.write_bytes(to_pem(described.public_key))
-    _show(described, as_json=json)
+    show_key(described, as_json=json)
 
 
 @app.command()
 def rotate(key: KeyArgument, profile: ProfileFile, json: Json = False) -> None:
     """A new version; older ones still decrypt."""
-    _show(ask(profile, lambda client: client.rotate_key(key)), as_json=json)
+    show_key(ask(profile, lambda client: client.rotate_key(key)), as_json=json)
 
 
 @app.command()
 def enable(key: KeyArgument, profile: ProfileFile, json: Json = False) -> None:
     """Allow a disabled key again."""
-    _show(ask(profile, lambda client: client.enable_key(key)), as_json=json)
+    show_key(ask(profile, lambda client: client.enable_key(key)), as_json=json)
 
 
 @app.command()
 def disable(key: KeyArgument, profile: ProfileFile, json: Json = False) -> None:
     """Refuse every operation with this key until it is enabled."""
-    _show(ask(profile, lambda client: client.disable_key(key)), as_json=json)
+    show_key(ask(profile, lambda client: client.disable_key(key)), as_json=json)
 
 
 @app.command()
@@ -177,7 +185,7 @@ def update(
             max_uses=max_uses,
         )
 
-    _show(ask(profile, change), as_json=json)
+    show_key(ask(profile, change), as_json=json)
 
 
 @app.command()
@@ -191,7 +199,7 @@ def trim(
     """Destroy old versions of a key: what only they can decrypt or verify is lost."""
     if not yes and not json:
         typer.confirm(f"Destroy the versions of {key} before {before}? What only they can decrypt is lost.", abort=True, err=True)
-    _show(ask(profile, lambda client: client.trim_key(key, before)), as_json=json)
+    show_key(ask(profile, lambda client: client.trim_key(key, before)), as_json=json)
 
 
 @app.command()
@@ -209,13 +217,13 @@ def delete(
     if not yes and not json:
         lost = "What it encrypted is lost" if now else "No use from now on, and what it encrypted is lost when it is destroyed"
         typer.confirm(f"Delete {key}? {lost}.", abort=True, err=True)
-    _show(ask(profile, lambda client: client.delete_key(key) if now else client.schedule_key_deletion(key, days=days)), as_json=json)
+    show_key(ask(profile, lambda client: client.delete_key(key) if now else client.schedule_key_deletion(key, days=days)), as_json=json)
 
 
 @app.command("cancel-deletion")
 def cancel_deletion(key: KeyArgument, profile: ProfileFile, json: Json = False) -> None:
     """Get a key back whose deletion is scheduled; it is disabled then."""
-    _show(ask(profile, lambda client: client.cancel_key_deletion(key)), as_json=json)
+    show_key(ask(profile, lambda client: client.cancel_key_deletion(key)), as_json=json)
 
 
 def _tag(text: str) -> tuple[str, str]:
@@ -271,7 +279,7 @@ def _show_all(keys: Sequence[KeyDescription], *, as_json: bool) -> None:
     output.table("keys", ("id", "algorithm", "version", "state", "label"), rows)
 
 
-def _show(key: KeyDescription, *, as_json: bool) -> None:
+def show_key(key: KeyDescription, *, as_json: bool) -> None:
     if as_json:
         output.document(key)
         return

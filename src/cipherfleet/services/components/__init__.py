@@ -11,6 +11,9 @@
     GET  /v1/keys/{key}                -> KeyDescription                                show
     POST /v1/keys/{key}/rotate, enable, disable  -> KeyDescription                      manage
     POST /v1/keys/{key}/update         KeyUpdate -> KeyDescription                      manage
+    POST /v1/import/parameters         ImportParametersRequest -> ImportParameters      create
+    POST /v1/import/wrapped            WrappedImportRequest -> KeyDescription           create
+    POST /v1/keys/{key}/export         ExportAsk -> ExportReply                         manage
     POST /v1/keys/{key}/trim           TrimRequest -> KeyDescription                    manage
     POST /v1/keys/{key}/schedule-deletion  DeletionRequest -> KeyDescription            manage
     POST /v1/keys/{key}/cancel-deletion, delete (at once)  -> KeyDescription            manage
@@ -55,6 +58,7 @@ from cipherfleet.services.components.life import Life
 from cipherfleet.services.components.routes import Routes
 from cipherfleet.services.components.service import Service
 from cipherfleet.services.components.signatures import Signatures
+from cipherfleet.services.components.transfers import Transfers
 
 STALL_S = 30.0
 
@@ -64,6 +68,7 @@ def mount(server: Server, host: VcmHost, *, stall_s: float = STALL_S) -> None:
     routes = Routes(server, host, stall_s)
     Keys(routes)
     Life(routes)
+    Transfers(routes)
     Ciphers(routes)
     Signatures(routes)
     Agreements(routes)

@@ -24,6 +24,10 @@ from cipherfleet.contract.vcm_api import (
     DeletionRequest,
     EncapsulationReply,
     EndpointsReply,
+    ExportAsk,
+    ExportReply,
+    ImportParameters,
+    ImportParametersRequest,
     ImportTarget,
     KeyCreateRequest,
     KeyDescription,
@@ -34,6 +38,7 @@ from cipherfleet.contract.vcm_api import (
     SecretReply,
     SignatureReply,
     TrimRequest,
+    WrappedImportRequest,
 )
 from cipherfleet.services import wire
 from cipherfleet.services.middleware.connection import Connection, read_profile
@@ -221,6 +226,27 @@ class Client:
     async def schedule_key_deletion(self, key: str, *, days: float | None = None) -> KeyDescription:
         """Refuse every use from now on, and destroy the key in ``days`` (default 30, from 7 on). Raises ``KeyDeleted``."""
         return await self._connection.ask("POST", _path(key, "schedule-deletion"), KeyDescription, body=DeletionRequest(days))
+
+    async def import_parameters(self, algorithm: str, *, bits: int = 4096, bare: bool = False) -> ImportParameters:
+        """An RSA key to wrap one key's material to, and the token to import it with: for tools that know no more than RSA and AES.
+
+        Good for one import, for a day by default, at any VCM of the consumer. Raises ``AlgorithmUnknown``.
+        """
+        asked = ImportParametersRequest(algorithm, bits, bare)
+        return await self._connection.ask("POST", "/v1/import/parameters", ImportParameters, body=asked)
+
+    async def import_wrapped(self, token: bytes, wrapped: bytes, *, label: str = "", terms: KeyTerms = NO_TERMS) -> KeyDescription:
+        """Raises ``ImportTokenInvalid``, ``ImportTokenExpired``, ``ImportTokenUsed`` or ``KeyMaterialInvalid``."""
+        asked = WrappedImportRequest(token, wrapped, label, terms)
+        return await self._connection.ask("POST", "/v1/import/wrapped", KeyDescription, body=asked, safe=False)
+
+    async def export_key(self, key: str, *, public_key: bytes = b"", wrapping_key: str = "", version: int | None = None) -> ExportReply:
+        """A key that was made exportable, wrapped to an RSA ``public_key`` (DER) or under a key of AES-256-KWP.
+
+        Raises ``KeyNotExportable``, ``PublicKeyInvalid`` or ``WrongKeyType``.
+        """
+        asked = ExportAsk(public_key, wrapping_key, version)
+        return await self._connection.ask("POST", _path(key, "export"), ExportReply, body=asked)
 
     async def trim_key(self, key: str, before: int) -> KeyDescription:
         """Destroy the versions below ``before``: what only they can decrypt or verify is lost. Raises ``Malformed``."""
