@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, mlkem, padding, rsa, x
 
 from cipherfleet.channel import codec
 from cipherfleet.channel.certificates import fingerprint, public_key_der
+from cipherfleet.computing import engine_wrap
 from cipherfleet.computing.card_function import Answer, VirtualFunction
 from cipherfleet.computing.engine import Key, generate_material
 from cipherfleet.computing.engine_wrap import TransportKeys
@@ -125,6 +126,14 @@ class Function:
         request = RowRequest(key or new_key_id(), version, codec.encode(VersionAttributes(name, 1.5)))
         answer = self.do(Operation.GENERATE, request)
         return answer.value, msgspec.json.decode(answer.parameters, type=EscrowRow)
+
+    def load(self, name: str, material: bytes, *, bare: bool = False, version: int = 1) -> int:
+        """The handle of a key of known ``material``, as if this consumer's card had wrapped it once."""
+        chain = self.inner._chain
+        assert chain is not None
+        attributes = codec.encode(VersionAttributes(name, 1.5, bare=bare))
+        row = engine_wrap.wrap(chain.wrapping, self.consumer.name, new_key_id(), version, attributes, bytearray(material))
+        return self.do(Operation.LOAD, row).value
 
     def run(self, request: StreamRequest, data: bytes = b"", *, handle: int = 0) -> bytes:
         return bytes(self.do(Operation.RUN, request, handle=handle, data=data).data)

@@ -22,6 +22,7 @@ from cipherfleet.contract.errors import (
     TooLarge,
     Unsupported,
 )
+from tests.unit.computing.card.published import shows
 
 # GB/T 32918.5-2017, annex A: the key, the signature of "message digest" and its steps; annex C: the encryption of "encryption standard".
 SCALAR = bytes.fromhex("3945208f7b2144b13f36e38ac6d39f95889393692860b51a42fb81ef4df7c5b8")
@@ -69,6 +70,7 @@ def openssl(*arguments: str, given: bytes = b"") -> bytes:
     return subprocess.run(["openssl", *arguments], input=given, capture_output=True, check=True).stdout
 
 
+@shows("SM2")
 def test_the_published_signature_holds_and_so_do_its_steps(key: PrivateKey) -> None:
     assert engine_sm2.identity_digest(key.public_bytes()) == Z
     running = hashes.Hash(hashes.SM3())
@@ -78,6 +80,7 @@ def test_the_published_signature_holds_and_so_do_its_steps(key: PrivateKey) -> N
     verify(PublicKey(key.public_bytes()), SIGNATURE, E, prehashed=True)
 
 
+@shows("SM2-ENCRYPT")
 def test_the_published_ciphertext_opens(key: PrivateKey) -> None:
     assert key.decrypt(CIPHERTEXT) == b"encryption standard"
 
