@@ -4,16 +4,19 @@ import asyncio
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cipherfleet import SyncClient
 from cipherfleet.app.backup.create import create
 from cipherfleet.app.backup.sealed_file import open_sealed
+from cipherfleet.contract.escrow import Seen
 from cipherfleet.terminal.ukey import DirectoryUkey
-from tests.support import PIN, Consumer, TestCloud, command, eventually
+from tests.support import PIN, Consumer, TestCloud, command, eventually, refusal
 
 PASSPHRASE = "correct horse battery"
 
@@ -181,3 +184,68 @@ def test_a_restore_that_is_killed_leaves_nothing_that_counts(some_backup: Path, 
     assert (tmp_path / ".state.restoring").exists()
     assert command("backup", "restore", some_backup, "--state", target, "--passphrase-file", secret).status == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["passphrase", "state"]
+
+
+def test_a_backup_under_load_loses_nothing_that_was_acknowledged_before(own_cloud: TestCloud, secret: Path, tmp_path: Path) -> None:
+    """Keys are made all the while. The Ukey has seen more than the restored cloud shows, so its consumer must say yes first."""
+    consumer = own_cloud.enrol("acme")
+    consumer.plug_in()
+    profile = consumer.sign_in()
+    acknowledged: dict[str, bytes] = {}
+    stop = threading.Event()
+
+    def make_keys() -> None:
+        with SyncClient(profile) as client:
+            while not stop.is_set():
+                key = client.create_key("AES-256-GCM").id
+                acknowledged[key] = client.encrypt(key, key.encode())
+
+    maker = threading.Thread(target=make_keys, daemon=True)
+    maker.start()
+    eventually(lambda: len(acknowledged) > 10, what="keys are made")
+    before = dict(acknowledged)
+    backup = tmp_path / "backup"
+    made = command("backup", "create", "--out", backup, "--state", own_cloud.cloud.state, "--passphrase-file", secret, "--json")
+    assert made.status == 0, made.stderr
+    during = len(acknowledged)
+    assert during > len(before), "the backup was taken under load"
+    eventually(lambda: len(acknowledged) > during + 5, what="keys are made after the backup")
+    stop.set()
+    maker.join(15)
+    last = next(c["sequence"] for c in made.document["consumers"] if c["name"] == "acme")
+    eventually(lambda: own_point(consumer).sequence > last, what="the Ukey heard of what came after the backup")
+    for agent in own_cloud.processes("terminal"):
+        own_cloud.end(agent)
+    elsewhere = restored(own_cloud, backup, secret, tmp_path / "elsewhere")
+    pin = tmp_path / "pin"
+    pin.write_text(PIN + "\n")
+    there = Consumer(elsewhere, "acme", consumer.ukey)
+    try:
+        assert refusal(lambda: there.plug_in(timeout=15)) == "escrow-rolled-back"
+        asked = ("consumer", "accept-restore", "acme", "--ukey", consumer.ukey, "--pin-file", pin, "--json")
+        foreign = command("consumer", "accept-restore", "other", *asked[3:])
+        assert foreign.document["error"]["code"] == "foreign-consumer"
+        accepted = command(*asked)
+        assert accepted.status == 0, accepted.stderr
+        assert (accepted.document["seen"]["epoch"], accepted.document["now"]["epoch"]) == (1, 2)
+        assert accepted.document["lost_changes"] > 0
+        assert command(*asked).document["error"]["code"] == "state-conflict"  # nothing more to accept
+        there.plug_in()
+        with SyncClient(profile) as client:
+            for key, ciphertext in before.items():
+                assert client.decrypt(ciphertext) == key.encode()
+            new = client.create_key("AES-256-GCM").id
+            assert client.decrypt(client.encrypt(new, b"goes on")) == b"goes on"
+        eventually(lambda: own_point(consumer).sequence > accepted.document["now"]["sequence"], what="the Ukey hears of the new key")
+    finally:
+        elsewhere.down()
+    own_cloud.up()  # the old cloud, which must not run: what it shows is refused
+    try:
+        assert refusal(lambda: consumer.plug_in(timeout=15)) == "escrow-rolled-back"
+    finally:
+        own_cloud.down()
+
+
+def own_point(consumer: Consumer) -> Seen:
+    with DirectoryUkey.open(consumer.ukey, PIN) as ukey:
+        return ukey.memory.seen

@@ -27,6 +27,7 @@ from cipherfleet.contract.errors import (
     Tampered,
 )
 from cipherfleet.contract.escrow import (
+    FIRST_EPOCH,
     EscrowRow,
     LogEntry,
     RowName,
@@ -285,7 +286,7 @@ class Escrow:
         assert seen is not None  # noqa: S101 - load() came first
         state = self._state
         if state is None:
-            state = fresh = EscrowState(self._consumer, seen.epoch)
+            state = fresh = EscrowState(self._consumer, FIRST_EPOCH)
 
             def take(log: Sequence[LogEntry]) -> None:
                 changes = fresh.apply(log)

@@ -18,8 +18,9 @@ from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId, UkeyId
 from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.statements import Signed
 
-APPLICATION, UKEY = "application/", "ukey/"
-NUMBERED = (APPLICATION, UKEY)
+FIRST_EPOCH = 1
+APPLICATION, UKEY, EPOCH = "application/", "ukey/", "epoch/"
+NUMBERED = (APPLICATION, UKEY, EPOCH)
 """What the consumer's Ukeys sign about these has numbers of one series."""
 
 
@@ -150,6 +151,17 @@ class Seen(msgspec.Struct, frozen=True):
 def ukey_subject(ukey: UkeyId, sequence: int) -> str:
     """The log's name for a ``UkeyStatement``; ``sequence`` is the statement's own."""
     return f"{UKEY}{ukey}@{sequence}"
+
+
+def epoch_subject(epoch: int, sequence: int) -> str:
+    """The log's name for an ``EpochStatement``; ``sequence`` is the statement's own."""
+    return f"{EPOCH}{epoch}@{sequence}"
+
+
+def epoch_of(subject: str) -> int:
+    """The epoch that begins with an entry of this subject, 0 if none does."""
+    number, _, _ = subject.removeprefix(EPOCH).partition("@")
+    return int(number) if subject.startswith(EPOCH) and number.isdecimal() and len(number) < 11 else 0
 
 
 def genesis(consumer: ConsumerId, epoch: int) -> bytes:

@@ -12,12 +12,14 @@ import msgspec
 from cipherfleet.contract.errors import EscrowRolledBack, EscrowRowForeign, EscrowRowTampered
 from cipherfleet.contract.escrow import (
     APPLICATION,
+    EPOCH,
     NUMBERED,
     EscrowRow,
     LogEntry,
     Seen,
     StatementEntry,
     check_follows,
+    epoch_of,
     extend,
     genesis,
     row_digest,
@@ -41,7 +43,10 @@ class Changes(msgspec.Struct):
 
 
 class EscrowState:
-    """The log of one consumer in one epoch, as far as it was applied. Rows are numbered in the order of their first entry."""
+    """The log of one consumer, as far as it was applied. Rows are numbered in the order of their first entry.
+
+    A new epoch is an entry of the log, so what was before it is chained to its beginning like all else.
+    """
 
     def __init__(self, consumer: ConsumerId, epoch: int) -> None:
         self._consumer, self._epoch = consumer, epoch
@@ -128,6 +133,10 @@ class EscrowState:
         if not number.isdecimal() or f"{subject}@{int(number)}" != entry.subject or int(number) <= self._newest_statement:
             raise EscrowRolledBack(f"entry {entry.sequence} brings {entry.subject} after statement {self._newest_statement}")
         self._newest_statement = int(number)
+        if subject.startswith(EPOCH):
+            if epoch_of(entry.subject) <= self._epoch:
+                raise EscrowRolledBack(f"entry {entry.sequence} begins {entry.subject} in epoch {self._epoch}")
+            self._epoch = epoch_of(entry.subject)
         if not subject.startswith(APPLICATION):
             return  # for terminals: what a VCM needs of it came sealed to its card
         name = ApplicationName(subject.removeprefix(APPLICATION))

@@ -35,6 +35,8 @@
     terminal   POST   /v1/applications                     ApplicationRequest -> ApplicationReply
     terminal   GET    /v1/ukeys/statements                 -> UkeyStatements                  who may sign for the consumer, and since when
     terminal   POST   /v1/ukeys                            UkeyRequest -> UkeyReply           a spare Ukey comes in, or one goes
+    terminal   POST   /v1/epochs                           EpochRequest -> LogPage            a restore is accepted; service ends
+    terminal   GET    /v1/epochs                           -> EpochStatements
     operator   GET    /v1/ukeys?consumer=                  -> UkeyList
     terminal   GET    /v1/ukeys                            -> UkeyList                        own consumer only
     operator   POST   /v1/ukeys/{consumer}/{ukey}/revoke   -> Done                            one of several is stolen; idempotent
@@ -420,3 +422,15 @@ class UkeyReply(Message, frozen=True):
     channel: Chain
     checkpoint: Signed
     log: tuple[LogEntry, ...]
+
+
+class EpochRequest(Message, frozen=True):
+    """A Ukey-signed ``EpochStatement``. The answer is the log after what it accepts."""
+
+    statement: Signed
+
+
+class EpochStatements(Message, frozen=True):
+    """All ``EpochStatement`` of the consumer, oldest first."""
+
+    statements: tuple[Signed, ...]

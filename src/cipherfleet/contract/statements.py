@@ -117,6 +117,24 @@ class UkeyStatement(Statement, frozen=True):
     revoked: bool = False
 
 
+class EpochStatement(Statement, frozen=True):
+    """The consumer accepts that the escrow was restored from a backup: from ``accepted_*`` on it goes on in ``new_epoch``.
+
+    ``seen_*`` is what the signing Ukey had seen of the escrow before. ``sequence`` is of the same series as applications' statements.
+    """
+
+    KIND: ClassVar[str] = "cipherfleet/epoch/v1"
+    consumer: ConsumerId
+    new_epoch: int
+    sequence: int
+    seen_epoch: int
+    seen_sequence: int
+    seen_head: bytes
+    accepted_epoch: int
+    accepted_sequence: int
+    accepted_head: bytes
+
+
 class CheckpointStatement(Statement, frozen=True):
     """The HSM's word on a consumer's escrow: after ``sequence`` entries the log's head is ``head`` (32 bytes)."""
 

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 
 from cipherfleet.channel.certificates import public_key_der
 from cipherfleet.contract.errors import ConsumerRevoked, ConsumerUnknown, Exists, HsmUnavailable, Malformed, NotPermitted, StateConflict
-from cipherfleet.contract.escrow import Seen, genesis
+from cipherfleet.contract.escrow import FIRST_EPOCH, Seen, genesis
 from cipherfleet.contract.identities import Identity, Peer, Role
 from cipherfleet.contract.ids import ConsumerId, MachineId, Serial
 from cipherfleet.contract.kmc_api import CardReply, CardRequest, ConsumerList, EnrolReply, EnrolRequest
@@ -53,7 +53,7 @@ class Enrolment:
             identity = await center.certification.issue(Identity(Role.UKEY, ukey_id, consumer), identity_key, not_after=until)
             channel = await center.certification.issue(Identity(Role.TERMINAL, ukey_id, consumer), channel_key, not_after=until)
             ciphertext_cmk = await center.hsm.generate_wrapped(center.root_key)
-            checkpoint = await self._escrow.checkpoint(consumer, Seen(store.FIRST_EPOCH, 0, genesis(consumer, store.FIRST_EPOCH)))
+            checkpoint = await self._escrow.checkpoint(consumer, Seen(FIRST_EPOCH, 0, genesis(consumer, FIRST_EPOCH)))
             at = center.wall_clock()
 
             def commit(connection: Connection) -> tuple[Serial, ...]:

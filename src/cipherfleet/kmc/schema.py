@@ -50,6 +50,14 @@ ukey_statements = Table(
     Column("statement", BLOB, nullable=False),  # Signed, as JSON
 )
 
+epochs = Table(
+    "epochs",
+    metadata,
+    Column("consumer", String, ForeignKey("consumers.name"), primary_key=True),
+    Column("epoch", Integer, primary_key=True),
+    Column("statement", BLOB, nullable=False),  # Signed, as JSON
+)
+
 certificates = Table(
     "certificates",
     metadata,

@@ -17,6 +17,7 @@ from cipherfleet.contract.kmc_api import (
     ChallengeRequest,
     EnrolConfirmation,
     EnrolRequest,
+    EpochRequest,
     EscrowWrite,
     KeySearch,
     KmcToTerminal,
@@ -38,6 +39,7 @@ from cipherfleet.kmc.bulk import BulkReads
 from cipherfleet.kmc.center import Center
 from cipherfleet.kmc.channels import Channel
 from cipherfleet.kmc.enrolment import Enrolment
+from cipherfleet.kmc.epochs import Epochs
 from cipherfleet.kmc.escrow import MAX_WRITE_BYTES, Escrow
 from cipherfleet.kmc.identity import IdentityDesk
 from cipherfleet.kmc.service import Service
@@ -62,6 +64,7 @@ class KmcServer:
         self.identity = IdentityDesk(center, self.service)
         self.applications = Applications(center, self.escrow, self.service)
         self.ukeys = Ukeys(center, self.escrow, self.service)
+        self.epochs = Epochs(center, self.escrow, self.service)
         self.server = Server(credentials, check_peer=center.registry.check, wall_clock=center.wall_clock)
         center.on_revoked.append(self.server.revoke)
         self._mount()
@@ -103,6 +106,8 @@ class KmcServer:
             ("GET", "/v1/terminal", terminal, self._terminal),
             ("POST", "/v1/applications", terminal, self._sign_application),
             ("POST", "/v1/ukeys", terminal, self._submit_ukey),
+            ("POST", "/v1/epochs", terminal, self._begin_epoch),
+            ("GET", "/v1/epochs", terminal, self._epoch_statements),
             ("GET", "/v1/ukeys/statements", terminal, self._ukey_statements),
         ):
             self.server.route(method, path, roles, self._audited(f"{method} {path}", handler))
@@ -270,6 +275,12 @@ class KmcServer:
 
     async def _submit_ukey(self, call: Call) -> object:
         return await self.ukeys.submit(await call.body(UkeyRequest), call.peer)
+
+    async def _begin_epoch(self, call: Call) -> object:
+        return await self.epochs.begin(await call.body(EpochRequest), call.peer)
+
+    async def _epoch_statements(self, call: Call) -> object:
+        return await self.epochs.statements(call.peer.identity.consumer)
 
     async def _ukey_statements(self, call: Call) -> object:
         return await self.ukeys.statements(call.peer.identity.consumer)

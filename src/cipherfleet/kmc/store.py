@@ -7,7 +7,7 @@ from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, 
 
 from cipherfleet.channel.certificates import fingerprint
 from cipherfleet.contract.errors import ConsumerRevoked, ConsumerUnknown, StateConflict
-from cipherfleet.contract.escrow import genesis
+from cipherfleet.contract.escrow import FIRST_EPOCH, genesis
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import CardId, ConsumerId, MachineId, Serial, TokenId, UkeyId, VcmId
 from cipherfleet.contract.kmc_api import ConsumerEntry
@@ -16,7 +16,6 @@ from cipherfleet.kmc.schema import authorities, certificates, consumers, stateme
 
 PENDING, ENROLLED, REVOKED = "pending", "enrolled", "revoked"
 ACTIVE = "active"
-FIRST_EPOCH = 1
 
 
 class Consumer(msgspec.Struct, frozen=True):

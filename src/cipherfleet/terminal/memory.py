@@ -125,6 +125,19 @@ class DirectoryMemory:
         if change(self._known) != self._known:
             await asyncio.to_thread(self._change, change)
 
+    async def begin_epoch(self, point: Seen) -> None:
+        """The one way back: the consumer accepted a restored escrow, which goes on at ``point`` in a later epoch.
+
+        Raises ``EscrowRolledBack`` for an epoch that is not later.
+        """
+
+        def change(known: Remembered) -> Remembered:
+            if point.epoch <= known.seen.epoch:
+                raise EscrowRolledBack(f"epoch {point.epoch} is not later than {known.seen.epoch}")
+            return msgspec.structs.replace(known, seen=point)
+
+        await asyncio.to_thread(self._change, change)
+
     async def next_sequence(self) -> int:
         def count(known: Remembered) -> Remembered:
             return msgspec.structs.replace(known, statement_sequence=known.statement_sequence + 1)

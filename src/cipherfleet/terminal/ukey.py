@@ -101,6 +101,10 @@ class UkeyMemory(Protocol):
         """A number for a statement, larger than all before; stored durably before it is returned."""
         ...
 
+    async def begin_epoch(self, point: Seen) -> None:
+        """A restored escrow was accepted, which goes on at ``point`` in a later epoch. Raises ``EscrowRolledBack``."""
+        ...
+
     @property
     def known(self) -> Remembered:
         """All that is remembered, as of the last look."""

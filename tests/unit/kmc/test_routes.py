@@ -42,6 +42,8 @@ ROUTES = {
     ("POST", "/v1/applications"): {Role.TERMINAL},
     ("GET", "/v1/ukeys"): {Role.OPERATOR, Role.TERMINAL},
     ("POST", "/v1/ukeys"): {Role.TERMINAL},
+    ("POST", "/v1/epochs"): {Role.TERMINAL},
+    ("GET", "/v1/epochs"): {Role.TERMINAL},
     ("POST", "/v1/ukeys/x/ukey-00000000/revoke"): {Role.OPERATOR},
     ("GET", "/v1/ukeys/statements"): {Role.TERMINAL},
 }

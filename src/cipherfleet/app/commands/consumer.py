@@ -14,12 +14,16 @@ from rich.markup import escape
 from cipherfleet.app import output
 from cipherfleet.app.options import Json, PinFile, State, UkeyFolder, read_pin, run
 from cipherfleet.app.wiring import Cloud
-from cipherfleet.contract.errors import Malformed
+from cipherfleet.contract.errors import ForeignConsumer, Malformed
+from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.ids import ConsumerId, is_slug
 from cipherfleet.contract.kmc_api import ConsumerList
+from cipherfleet.terminal import epoch as epochs
 from cipherfleet.terminal.enrol import EnrolResult, enrol
+from cipherfleet.terminal.epoch import Restored
 from cipherfleet.terminal.insertion import Event
 from cipherfleet.terminal.process import main as terminal_main
+from cipherfleet.terminal.ukey import DirectoryUkey
 
 app = typer.Typer(help="Consumers: enroll, list, revoke.", no_args_is_help=True)
 
@@ -99,6 +103,53 @@ def revoke(
         output.document({"consumer": name, "state": "revoked"})
     else:
         output.screen.print(f"the Ukey of {name} is revoked")
+
+
+@app.command("accept-restore")
+def accept_restore(
+    name: Annotated[str, typer.Argument(help="The consumer whose keys were restored from a backup.")],
+    ukey: UkeyFolder,
+    pin_file: PinFile = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """Accept, as the consumer, that the platform was restored from a backup that is older than what the Ukey has seen.
+
+    What was done after the backup is lost: keys that were made then do not decrypt, applications that were signed out then are in again.
+    """
+    pin = read_pin(pin_file)
+
+    async def work() -> tuple[Restored, Seen]:
+        with DirectoryUkey.open(ukey, pin) as opened:
+            if opened.record.consumer != name:
+                raise ForeignConsumer(f"this is a Ukey of {opened.record.consumer}, not of {name[:40]!r}")
+            restored = await epochs.look(opened)
+            if not (yes or json):
+                _explain(restored)
+                typer.confirm("Go on from there?", abort=True, err=True)
+            return restored, await epochs.accept(opened, restored)
+
+    restored, point = run(work())
+    if json:
+        shown = {"seen": _point(restored.seen), "there": _point(restored.there), "now": _point(point), "lost_changes": restored.lost}
+        output.document({"consumer": name, **shown, "by_another": restored.by_another, "revoke_again": restored.revoke_again})
+        return
+    output.screen.print(f"{name} goes on in epoch {point.epoch}; plug the Ukey in with: cipherfleet terminal")
+    for serial in restored.revoke_again:
+        output.screen.print(f"revoke {serial} again: the platform forgot that it was revoked")
+
+
+def _explain(restored: Restored) -> None:
+    seen, there = restored.seen, restored.there
+    output.errors.print(f"this Ukey has seen epoch {seen.epoch} up to change {seen.sequence}")
+    output.errors.print(f"there is now epoch {there.epoch} up to change {there.sequence}")
+    if restored.by_another:
+        output.errors.print("another Ukey of this consumer has accepted it")
+    output.errors.print(f"lost are {restored.lost} changes at least: keys made or changed, applications signed in or out since the backup")
+
+
+def _point(seen: Seen) -> dict[str, object]:
+    return {"epoch": seen.epoch, "sequence": seen.sequence, "head": seen.head.hex()}
 
 
 def terminal(
