@@ -128,11 +128,16 @@ class KeyLife:
             require_there(key, old, now)
             return scheduled(old, now + chosen * DAY_S)
 
-        return await self._keys.change(key, decide, actor=actor, event="key-schedule-deletion")
+        event = "key-schedule-deletion"
+        return await self._keys.change_by_two(key, decide, actor=actor, action="schedule-deletion", event=event)
 
     async def trim(self, key: KeyId, before: int, *, actor: str) -> KeyDescription:
         """Destroy the versions below ``before``. Raises ``Malformed``, ``KeyDeleted`` or ``KeyPendingDeletion``."""
-        return await self._keys.change(key, lambda old: trimmed(key, old, before, self._wall_clock()), actor=actor, event="key-trim")
+
+        def decide(old: KeyAttributes) -> KeyAttributes | None:
+            return trimmed(key, old, before, self._wall_clock())
+
+        return await self._keys.change_by_two(key, decide, actor=actor, action=f"trim:{before}", event="key-trim")
 
     async def cancel_deletion(self, key: KeyId, *, actor: str) -> KeyDescription:
         """The key is disabled then. Raises ``KeyDeleted``; a key whose deletion is not scheduled stays as it is."""

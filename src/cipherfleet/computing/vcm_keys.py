@@ -55,6 +55,7 @@ from cipherfleet.contract.key_life import (
 )
 from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.policy import INTERNATIONAL, refusal
+from cipherfleet.contract.two_person import SecondPerson
 from cipherfleet.contract.vcc import Completion, ImportRequest, ImportToken, ImportWrappedRequest, Operation, RowRequest, VirtualCryptoCard
 from cipherfleet.contract.vcm import KeyUse
 from cipherfleet.contract.vcm_api import KeyDescription, KeyImportRequest, KeyListReply, KeyQuery
@@ -181,22 +182,32 @@ class Keys:
                 return None
             return None if old.state is KeyState.DELETED else destroyed(old, self._wall_clock())
 
-        return await self.change(key, change, actor=actor, event="key-destroy")
+        if due:  # whoever scheduled it had consent
+            return await self.change(key, change, actor=actor, event="key-destroy")
+        return await self.change_by_two(key, change, actor=actor, action="destroy", event="key-destroy")
 
-    async def change(self, key: KeyId, change: Change, *, actor: str, event: str) -> KeyDescription:
-        """Write what ``change`` makes of a key's attributes, unless it makes nothing. It may be called several times, and raise."""
-        await self._write_change(key, change, actor=actor, event=event)
+    async def change_by_two(self, key: KeyId, change: Change, *, actor: str, action: str, event: str) -> KeyDescription:
+        """As ``change``, of what the two-person rule is about. Raises ``SecondPersonNeeded`` once the first consent is written."""
+        wish = SecondPerson(action, actor, self._wall_clock())
+        await self._write_change(key, lambda old: wish.settle(old, change(old)), actor=actor, event=lambda: wish.event(event))
+        wish.require(key)
         await self._unload_destroyed(key)
         return await self.describe(key)
 
-    async def _write_change(self, key: KeyId, change: Change, *, actor: str, event: str) -> None:
+    async def change(self, key: KeyId, change: Change, *, actor: str, event: str) -> KeyDescription:
+        """Write what ``change`` makes of a key's attributes, unless it makes nothing. It may be called several times, and raise."""
+        await self._write_change(key, change, actor=actor, event=lambda: event)
+        await self._unload_destroyed(key)
+        return await self.describe(key)
+
+    async def _write_change(self, key: KeyId, change: Change, *, actor: str, event: Callable[[], str]) -> None:
 
         async def attempt() -> None:
             old, row = await self.attributes(key)
             changed = change(old)
             if changed is not None:
                 sealed = await self.seal(key, msgspec.structs.replace(changed, revision=old.revision + 1), row)
-                await self._escrow.write((sealed,), replaces=(row,), actor=actor, event=event)
+                await self._escrow.write((sealed,), replaces=(row,), actor=actor, event=event())
 
         await self.retry(attempt)
 
@@ -257,7 +268,7 @@ class Keys:
         attributes, _ = await self.attributes(key)
         if uses_due(attributes):
             await self.rotate(key, actor="schedule", due=True)
-        await self._write_change(key, change, actor="", event="key-uses-reserved")
+        await self._write_change(key, change, actor="", event=lambda: "key-uses-reserved")
         return got
 
     def hold(self) -> AbstractContextManager[None]:
@@ -375,6 +386,7 @@ class Keys:
             terms=attributes.terms,
             used=attributes.used,
             next_rotation_at=next_rotation(attributes),
+            consent=attributes.consent if self._wall_clock() < attributes.consent.until else None,
         )
 
     def _policy_says(self, chosen: Algorithm, attributes: KeyAttributes, version: VersionAttributes | None) -> str:

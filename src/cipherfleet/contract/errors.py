@@ -324,6 +324,13 @@ class KeyDeleted(Conflict):
     code = "key-deleted"
 
 
+class SecondPersonNeeded(Conflict):
+    """The key is under the two-person rule; this consent is kept until another application wants the same."""
+
+    code = "second-person-needed"
+    default_hint = "another application that may manage the key asks for the same within a week"
+
+
 class KeyPendingDeletion(Conflict):
     """Its deletion is scheduled, so nothing is done with it; its material is still there."""
 

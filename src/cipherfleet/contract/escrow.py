@@ -31,6 +31,17 @@ class KeyState(StrEnum):
     DELETED = "deleted"
 
 
+class Consent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The first of two persons' word: ``action`` is what it is for, ``by`` whose it is, ``until`` unix seconds."""
+
+    action: str = ""
+    by: str = ""
+    until: float = 0.0
+
+
+NO_CONSENT = Consent()
+
+
 class KeyAttributes(msgspec.Struct, frozen=True, omit_defaults=True):
     """Row version 0 of a key: what is true of the key as a whole. ``revision`` grows with every change.
 
@@ -54,6 +65,7 @@ class KeyAttributes(msgspec.Struct, frozen=True, omit_defaults=True):
     rotated_at: float = 0.0  # when the current version was made, 0: at ``created_at``
     used: int = 0  # uses reserved by VCMs, of all versions
     version_used: int = 0  # of the current version
+    consent: Consent = NO_CONSENT
 
 
 class AliasAttributes(msgspec.Struct, frozen=True, tag_field="kind", tag="alias"):

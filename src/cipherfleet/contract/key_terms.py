@@ -15,6 +15,7 @@ class KeyTerms(msgspec.Struct, frozen=True, omit_defaults=True):
     rotation_uses: int = 0  # so many uses, about, from one version to the next
     max_uses: int = 0  # of all versions together, on all VCMs
     exportable: bool = False  # may leave the card, wrapped: fixed when it is made
+    two_person: bool = False  # nothing of it is destroyed unless two applications want it; for good
 
     @property
     def counted(self) -> bool:

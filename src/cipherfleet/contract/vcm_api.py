@@ -8,6 +8,7 @@
 
 import msgspec
 
+from cipherfleet.contract.escrow import Consent
 from cipherfleet.contract.ids import CardId, KeyId, VcmId
 from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.messages import Message
@@ -72,6 +73,7 @@ class KeyDescription(Message, frozen=True):
     terms: KeyTerms = NO_TERMS
     used: int = 0  # uses that VCMs have reserved, of keys that count them
     next_rotation_at: float | None = None
+    consent: Consent | None = None  # what a first person wants destroyed, and a second has not yet agreed to
 
 
 class KeysCreateRequest(Message, frozen=True):

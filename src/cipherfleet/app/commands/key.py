@@ -44,6 +44,7 @@ def create(
     rotate_uses: RotateUses = None,
     max_uses: MaxUses = None,
     exportable: Annotated[bool, typer.Option(help="It may leave the card, wrapped; fixed for ever.")] = False,
+    two_person: Annotated[bool, typer.Option(help="Nothing of it is destroyed unless two applications want it.")] = False,
     count: Annotated[int, typer.Option(min=1, max=100_000, help="How many; of each thousand all are made, or none.")] = 1,
     json: Json = False,
 ) -> None:
@@ -58,6 +59,7 @@ def create(
         rotation_uses=rotate_uses or 0,
         max_uses=max_uses or 0,
         exportable=exportable,
+        two_person=two_person,
     )
     if count > 1:
         if terms != NO_TERMS:
