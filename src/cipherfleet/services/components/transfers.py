@@ -32,4 +32,6 @@ class Transfers:
         ask = await self._routes.body(call).message(ExportAsk)
         key = await self._routes.key_id(call)
         wrapping = await self._routes.named_key(ask.wrapping_key) if ask.wrapping_key else None
+        if wrapping is not None:
+            await self._routes.permit(call, Right.ENCRYPT, wrapping)
         return await self._routes.host.transfer.export(key, ask.version, public_key=ask.public_key, wrapping=wrapping)
