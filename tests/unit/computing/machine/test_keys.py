@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,7 +14,9 @@ from cipherfleet.channel import codec
 from cipherfleet.channel.certificates import new_key
 from cipherfleet.channel.sealing import TrustedCard, import_info
 from cipherfleet.computing.vcc_ring import RingCard
+from cipherfleet.computing.vcm_chores import Chores
 from cipherfleet.computing.vcm_escrow import Escrow
+from cipherfleet.computing.vcm_key_life import KeyLife
 from cipherfleet.computing.vcm_keys import Keys
 from cipherfleet.contract.errors import (
     AlgorithmUnknown,
@@ -26,6 +29,7 @@ from cipherfleet.contract.errors import (
     KeyDeleted,
     KeyDisabled,
     KeyUnknown,
+    KeyUsesSpent,
     KmcUnavailable,
     LimitReached,
     SealedForeign,
@@ -35,7 +39,10 @@ from cipherfleet.contract.errors import (
 )
 from cipherfleet.contract.escrow import KeyAttributes, KeyState, Seen, decode_attributes, genesis, row_digest
 from cipherfleet.contract.ids import KeyId, VcmId, new_key_id, new_vcm_id
+from cipherfleet.contract.key_life import DAY_S
+from cipherfleet.contract.key_terms import KeyTerms
 from cipherfleet.contract.kmc_api import EscrowReceipt, LogPage, RowsReply
+from cipherfleet.contract.settings import Settings
 from cipherfleet.contract.statements import CheckpointStatement
 from cipherfleet.contract.vcc import CardDescription, KeyMaterial, Operation, StreamRequest, Verb
 from cipherfleet.contract.vcm import KeyStore
@@ -730,3 +737,57 @@ async def test_a_receipt_for_something_else_is_no_acknowledgement(world: World, 
     await escrow.load(Seen(EPOCH, 0, world.consumer.head()))
     with pytest.raises(EscrowRowTampered):
         await Keys(escrow, store.card).create("AES-256-GCM", label="", actor="a")
+
+
+# -- a key's terms, on two VCMs ----------------------------------------------------------------------------------------
+
+
+async def test_two_vcms_together_never_use_a_key_too_often(world: World, store: Store) -> None:
+    other = await world.store()
+    made = await store.keys.create("AES-256-GCM", label="", actor="a", terms=KeyTerms(max_uses=10))
+    uses = [vcm.keys.use(made.id, protects=True) for _ in range(8) for vcm in (store, other)]
+    answers = await asyncio.gather(*uses, return_exceptions=True)
+    spent = [answer for answer in answers if isinstance(answer, KeyUsesSpent)]
+    assert len(answers) - len(spent) == 10, answers
+    fresh = await world.store()  # what the others reserved is in the escrow, whatever becomes of them
+    with pytest.raises(KeyUsesSpent):
+        await fresh.keys.use(made.id, protects=True)
+    assert (await fresh.keys.use(made.id)).version == 1
+
+
+async def test_without_the_escrow_no_counted_use(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = await store.keys.create("AES-256-GCM", label="", actor="a", terms=KeyTerms(max_uses=10))
+
+    async def unreachable(*_: object, **__: object) -> object:
+        raise KmcUnavailable("gone")
+
+    monkeypatch.setattr(store.consumer, "call", unreachable)
+    with pytest.raises(KmcUnavailable):
+        await store.keys.use(made.id, protects=True)
+
+
+async def test_of_two_vcms_one_does_what_is_due(world: World, store: Store) -> None:
+    made = await store.keys.create("AES-256-GCM", label="", actor="a", terms=KeyTerms(rotation_s=10))
+    dying = await store.keys.create("AES-256-GCM", label="", actor="a")
+    at = time.time() + 8 * DAY_S
+    await KeyLife(store.keys, store.escrow, Settings()).schedule_deletion(dying.id, 7, actor="a")
+    vcms = [store, await world.store(), await world.store()]
+    for vcm in vcms:
+        vcm.keys._wall_clock = lambda: at
+    await asyncio.gather(*(Chores(vcm.keys, 1, lambda: at).look() for vcm in vcms))
+    for vcm in vcms:
+        await vcm.keys.refresh()
+        assert (await vcm.keys.describe(made.id)).versions == (1, 2)
+        assert (await vcm.keys.describe(dying.id)).state == "deleted"
+    events = [subject for subject in (entry.subject for entry in store.consumer.log) if subject == f"key/{dying.id}/0"]
+    assert len(events) == 3  # made, scheduled, destroyed: once
+    late = await world.store()
+    while not late.escrow.swept:
+        await late.keys.sweep()  # material that is rightly gone is not missed
+
+
+async def test_material_that_is_gone_without_being_destroyed_is_missed(world: World, store: Store) -> None:
+    made = await store.keys.create("AES-256-GCM", label="", actor="a")
+    del store.consumer.rows[made.id, 1]
+    with pytest.raises(EscrowRolledBack):
+        await (await world.store()).keys.sweep()
