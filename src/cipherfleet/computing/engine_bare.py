@@ -37,6 +37,8 @@ _PADDING = block_padding.PKCS7(BLOCK_BYTES * 8)
 MAX_WRAPPED_BYTES = 64 * 1024
 MAX_SHORT_BYTES = 8 * 1024
 """Of what is encrypted to a public key at once; RSA takes less, as its modulus says."""
+MAX_OVERHEAD_BYTES = 2 * 1024
+"""A ciphertext may be longer than the longest plaintext by so much: nonce and tag, or what HPKE encapsulates (1120)."""
 
 
 class Single:
@@ -184,7 +186,8 @@ def open_bare(request: StreamRequest, key: Key, *, encrypt: bool) -> Single | Bl
         raise Malformed("a bare ciphertext has no header")
     match chosen.kind:
         case Kind.AEAD:
-            return Single(_seal(key, request.context) if encrypt else _open(key, request.context))
+            work = _seal(key, request.context) if encrypt else _open(key, request.context)
+            return Single(work, most=_most(MAX_DATA_BYTES, encrypt=encrypt))
         case Kind.CIPHER if chosen.mode == "XTS":
             return Single(_xts(key, request.context, encrypt=encrypt))
         case Kind.CIPHER:
@@ -192,10 +195,15 @@ def open_bare(request: StreamRequest, key: Key, *, encrypt: bool) -> Single | Bl
             return BlockStream(key, encrypt=encrypt)
         case Kind.KEY_WRAP:
             _no_context(request)
-            return Single(_wrap(key) if encrypt else _unwrap(key), most=MAX_WRAPPED_BYTES)
+            return Single(_wrap(key) if encrypt else _unwrap(key), most=_most(MAX_WRAPPED_BYTES, encrypt=encrypt))
         case Kind.PUBLIC_KEY_ENCRYPTION:
             return _public(request, key, encrypt=encrypt)
     raise WrongKeyType(f"a key of {chosen.name} cannot encrypt or decrypt")
+
+
+def _most(plaintext_bytes: int, *, encrypt: bool) -> int:
+    """How much is taken at once: whatever is encrypted can be decrypted again."""
+    return plaintext_bytes if encrypt else plaintext_bytes + MAX_OVERHEAD_BYTES
 
 
 def _no_context(request: StreamRequest) -> None:
@@ -289,10 +297,10 @@ def _public(request: StreamRequest, key: Key, *, encrypt: bool) -> Single:
     if request.digest:
         raise Malformed(f"{key.algorithm.name} leaves no choice of a digest")
     if isinstance(private, Hybrid):
-        return Single(_hpke(private.key, context, encrypt=encrypt), most=MAX_DATA_BYTES)
+        return Single(_hpke(private.key, context, encrypt=encrypt), most=_most(MAX_DATA_BYTES, encrypt=encrypt))
     if isinstance(private, engine_sm2.PrivateKey):
         _no_context(request)
-        return Single(private.encrypt if encrypt else private.decrypt, most=MAX_SHORT_BYTES)
+        return Single(private.encrypt if encrypt else private.decrypt, most=_most(MAX_SHORT_BYTES, encrypt=encrypt))
     raise KeyMaterialInvalid(f"key {key.id} cannot encrypt")
 
 
