@@ -1,10 +1,15 @@
 """Several Ukeys of one consumer on a real cloud: a spare serves, a lost one is revoked."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from cipherfleet import SyncClient
+from cipherfleet.contract.escrow import Seen
+from cipherfleet.terminal import epoch as epochs
+from cipherfleet.terminal.epoch import Restored
+from cipherfleet.terminal.ukey import DirectoryUkey
 from tests.support import PIN, Consumer, TestCloud, command, eventually, refusal
 
 NEW_PIN = "8642-spare"
@@ -148,3 +153,27 @@ def test_custodians_bring_a_lost_ukey_back(own_cloud: TestCloud, pins: tuple[Pat
     consumer.put_back()
     stop_agent(own_cloud, consumer)
     assert refusal(lambda: consumer.sign_in("thief"))
+
+
+def test_a_spare_joins_the_epoch_that_the_first_began(
+    shared_cloud: TestCloud, consumer: Consumer, pins: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """It signs nothing itself: it follows the other's statement, which the log names."""
+    spare, _ = make_spare(consumer, pins, tmp_path / "spare")
+
+    async def begin() -> Seen:
+        with DirectoryUkey.open(consumer.ukey, PIN) as ukey:
+            there = await ukey.memory.look()
+            return await epochs.accept(ukey, Restored(there, there, 0, by_another=False, revoke_again=()))
+
+    begun = asyncio.run(begin())
+    assert refusal(lambda: spare.plug_in(timeout=10)) == "escrow-rolled-back"
+    joined = command("consumer", "accept-restore", consumer.name, "--ukey", spare.ukey, "--pin-file", pins[1], "--json")
+    assert joined.status == 0, joined.stderr
+    assert joined.document["by_another"]
+    assert (joined.document["now"]["epoch"], joined.document["now"]["sequence"]) == (begun.epoch, begun.sequence) == (2, begun.sequence)
+    for one in (spare, consumer):
+        one.plug_in()
+        with one.client() as client:
+            client.random(1)
+        stop_agent(shared_cloud, consumer)
