@@ -291,7 +291,10 @@ class VirtualFunction:
         chain = self._require_chain()
         self._require_certified()
         signed = _parameters(request, Signed)
+        before = self._lease.policy
         state = self._lease.accept(signed, ukey_keys=chain.ukey_keys, kmc_key=chain.kmc_key)
+        if self._lease.policy != before:
+            self._streams.clear()  # they were begun under another policy
         return Answer(parameters=codec.encode(state))
 
     def _describe(self, _: Request) -> Answer:
@@ -452,7 +455,8 @@ class VirtualFunction:
             raise WrongKeyType(f"a key of {chosen.name} encrypts nothing, so it cannot be bare")
         bare = attributes.bare or chosen.bare_only
         policy.check(self._lease.policy, chosen, bare=bare, imported=imported)
-        return msgspec.structs.replace(attributes, imported=imported, bare=bare), chosen
+        made_at = min(attributes.created_at, self._wall_clock())  # never in the future, where its age would begin late
+        return msgspec.structs.replace(attributes, imported=imported, bare=bare, created_at=made_at), chosen
 
     def _make(self, row: RowRequest, attributes: VersionAttributes, chosen: Algorithm, material: Callable[[], bytearray]) -> Answer | Work:
         def keep(made: bytearray) -> Answer:

@@ -11,6 +11,7 @@ from cipherfleet import Client
 from cipherfleet.contract.errors import CipherfleetError
 from cipherfleet.contract.grants import Grant
 from cipherfleet.contract.ids import KeyId
+from cipherfleet.contract.key_terms import KeyTerms
 from cipherfleet.contract.statements import Right
 from cipherfleet.services import wire
 from tests.unit.services.stage import Stage
@@ -129,3 +130,13 @@ async def test_who_manages_a_key_brings_it_under_no_other_grant(stage: Stage, cl
     assert (await stage.host.keys.describe(key)).label == "private"
     assert await call(raw, "POST", f"/v1/keys/{key}/disable") == (200, "")
     assert await refusal(client.list_keys()) == "not-permitted"
+
+
+async def test_an_export_needs_the_use_of_the_wrapping_key(stage: Stage, client: Client, raw: aiohttp.ClientSession) -> None:
+    key = (await client.create_key(terms=KeyTerms(exportable=True))).id
+    wrapping = await key_of(stage, "AES-256-KWP")
+    path, body = f"/v1/keys/{key}/export", {"wrapping_key": wrapping}
+    grant(stage, Grant((Right.MANAGE,), keys=(key,)))
+    assert await call(raw, "POST", path, json=body) == (403, "not-permitted")
+    grant(stage, Grant((Right.MANAGE,), keys=(key,)), Grant((Right.ENCRYPT,), keys=(wrapping,)))
+    assert await call(raw, "POST", path, json=body) == (200, "")

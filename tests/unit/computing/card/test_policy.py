@@ -1,5 +1,7 @@
 """The card enforces the policy that the Ukey signed into the lease, whatever the VCM asks."""
 
+import time
+
 import msgspec
 import pytest
 
@@ -7,11 +9,12 @@ from cipherfleet.channel import codec
 from cipherfleet.computing.card_function import VirtualFunction
 from cipherfleet.contract.algorithms import REGISTRY, Kind
 from cipherfleet.contract.ciphertext import HEADER_BYTES
-from cipherfleet.contract.errors import LeaseForged, PolicyRefused
-from cipherfleet.contract.escrow import VersionAttributes
+from cipherfleet.contract.errors import LeaseForged, OutOfOrder, PolicyRefused
+from cipherfleet.contract.escrow import EscrowRow, VersionAttributes
 from cipherfleet.contract.ids import new_key_id
 from cipherfleet.contract.policy import BUILT_IN, DAY_S, INTERNATIONAL, Policy, Profile
 from cipherfleet.contract.vcc import (
+    CHUNK_BYTES,
     BatchAnswer,
     BatchItem,
     BatchRequest,
@@ -52,6 +55,25 @@ def test_each_profile_lets_in_what_the_registry_says(profile: str) -> None:
             else:
                 with pytest.raises(PolicyRefused, match="rule profile"):
                     function.generate(chosen.name)
+
+
+def test_a_change_ends_the_streams_that_were_begun_before_it() -> None:
+    """Else a VCM could hold one open and go on protecting under what the consumer has given up."""
+    function = Function()
+    handle, _ = function.generate("ChaCha20-Poly1305")
+    stream = function.do(Operation.BEGIN, StreamRequest(Verb.ENCRYPT), handle=handle).value
+    under(INTERNATIONAL, function)
+    function.do(Operation.UPDATE, handle=stream, data=bytes(CHUNK_BYTES))  # the same policy once more is no change
+    under(BUILT_IN["fips"], function)
+    with pytest.raises(OutOfOrder):
+        function.do(Operation.FINISH, handle=stream, data=b"data")
+
+
+def test_a_vcm_cannot_make_a_key_younger_than_it_is() -> None:
+    function = Function()
+    attributes = codec.encode(VersionAttributes("AES-256-GCM", time.time() + 1000 * DAY_S))
+    row = codec.decode(function.do(Operation.GENERATE, RowRequest(new_key_id(), 1, attributes)).parameters, EscrowRow)
+    assert codec.decode(row.attributes, VersionAttributes).created_at <= time.time()
 
 
 def test_a_change_is_in_force_with_the_next_lease_and_old_data_stays_readable() -> None:
