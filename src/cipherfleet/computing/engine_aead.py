@@ -32,9 +32,7 @@ class LibraryAead:
 
     def __init__(self, kind: type[AESGCM | AESCCM | AESGCMSIV | ChaCha20Poly1305], key: bytearray) -> None:
         self._aead: AESGCM | AESCCM | AESGCMSIV | ChaCha20Poly1305 | None = kind(key)
-        self._key = key
-        if kind is not AESCCM:  # which has no copy of its own, but reads the key at every call
-            wipe(key)
+        self._key = key  # until the end: AESCCM has no copy of its own, but reads the key at every call
 
     def seal(self, nonce: bytes, plaintext: memoryview, into: memoryview, associated: bytes | None = None) -> None:
         self._open().encrypt_into(nonce, plaintext, associated, into)

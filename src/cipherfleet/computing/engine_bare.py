@@ -42,12 +42,19 @@ MAX_OVERHEAD_BYTES = 2 * 1024
 
 
 class Single:
-    """What is done at once, by RUN alone: ``work`` gives the answer of the data."""
+    """What is done at once, by RUN alone: ``work`` gives the answer of the data.
+
+    What it needs of the key it has from its opening on, so that a key that is unloaded meanwhile is never used half wiped;
+    ``closing`` ends that.
+    """
 
     first = b""
 
-    def __init__(self, work: Callable[[Data], Data], *, most: int = MAX_DATA_BYTES, heavy: bool = False) -> None:
+    def __init__(
+        self, work: Callable[[Data], Data], *, most: int = MAX_DATA_BYTES, heavy: bool = False, closing: Callable[[], None] | None = None
+    ) -> None:
         self.heavy = heavy
+        self._closing = closing
         self._work: Callable[[Data], Data] | None = work
         self._most = most
 
@@ -65,6 +72,8 @@ class Single:
 
     def close(self) -> None:
         self._work = None
+        if self._closing is not None:
+            self._closing()
 
 
 class BlockStream:
@@ -76,7 +85,7 @@ class BlockStream:
     heavy = False
 
     def __init__(self, key: Key, *, encrypt: bool) -> None:
-        self._key: Key | None = key
+        self._cipher: algorithms.AES | algorithms.SM4 | None = block_cipher(key)
         self._encrypt, self._padded = encrypt, key.algorithm.mode == "CBC"
         self.first = secrets.token_bytes(BLOCK_BYTES) if encrypt else b""
         self._context: CipherContext | None = self._start(self.first) if encrypt else None
@@ -96,7 +105,7 @@ class BlockStream:
         return self._last(data, self.first, into, pause)
 
     def close(self) -> None:
-        self._key = self._context = None
+        self._cipher = self._context = None
 
     def _last(self, data: Data, before: bytes, into: memoryview | None, pause: Pause) -> Data:
         if len(data) > MAX_DATA_BYTES + 2 * BLOCK_BYTES:
@@ -166,17 +175,17 @@ class BlockStream:
         return self._context
 
     def _start(self, iv: bytes) -> CipherContext:
-        if self._key is None or not self._key.secret:
+        if self._cipher is None:
             raise RuntimeError("the key of this stream is gone")
         mode = modes.CBC(iv) if self._padded else modes.CTR(iv)
-        cipher = Cipher(block_cipher(self._key), mode)
+        cipher = Cipher(self._cipher, mode)
         return cipher.encryptor() if self._encrypt else cipher.decryptor()
 
 
 def block_cipher(key: Key) -> algorithms.AES | algorithms.SM4:
-    """The block cipher of a key."""
+    """The block cipher of a key, with a copy of it: OpenSSL has none before there is a context."""
     kind = algorithms.SM4 if key.algorithm.family == "SM4" else algorithms.AES
-    return kind(key.secret)  # type: ignore[arg-type]  # takes any buffer, its stub says less
+    return kind(bytearray(key.secret))  # type: ignore[arg-type]  # takes any buffer, its stub says less
 
 
 def open_bare(request: StreamRequest, key: Key, *, encrypt: bool) -> Single | BlockStream:
@@ -186,16 +195,15 @@ def open_bare(request: StreamRequest, key: Key, *, encrypt: bool) -> Single | Bl
         raise Malformed("a bare ciphertext has no header")
     match chosen.kind:
         case Kind.AEAD:
-            work = _seal(key, request.context) if encrypt else _open(key, request.context)
-            return Single(work, most=_most(MAX_DATA_BYTES, encrypt=encrypt))
+            return _aead(key, request.context, encrypt=encrypt)
         case Kind.CIPHER if chosen.mode == "XTS":
-            return Single(_xts(key, request.context, encrypt=encrypt))
+            return _xts(key, request.context, encrypt=encrypt)
         case Kind.CIPHER:
             _no_context(request)
             return BlockStream(key, encrypt=encrypt)
         case Kind.KEY_WRAP:
             _no_context(request)
-            return Single(_wrap(key) if encrypt else _unwrap(key), most=_most(MAX_WRAPPED_BYTES, encrypt=encrypt))
+            return _key_wrap(key, encrypt=encrypt)
         case Kind.PUBLIC_KEY_ENCRYPTION:
             return _public(request, key, encrypt=encrypt)
     raise WrongKeyType(f"a key of {chosen.name} cannot encrypt or decrypt")
@@ -211,83 +219,68 @@ def _no_context(request: StreamRequest) -> None:
         raise Malformed("this mode authenticates no context", "choose an AEAD mode")
 
 
-def _seal(key: Key, associated: bytes) -> Callable[[Data], Data]:
-    def work(data: Data) -> bytearray:
+def _aead(key: Key, associated: bytes, *, encrypt: bool) -> Single:
+    aead = aead_of(key.algorithm, bytearray(key.secret))
+
+    def seal(data: Data) -> bytearray:
         nonce = secrets.token_bytes(NONCE_BYTES)
         out = bytearray(NONCE_BYTES + len(data) + TAG_BYTES)
         out[:NONCE_BYTES] = nonce
-        aead = aead_of(key.algorithm, bytearray(key.secret))
-        try:
-            aead.seal(nonce, memoryview(data), memoryview(out)[NONCE_BYTES:], associated or None)
-        finally:
-            aead.close()
+        aead.seal(nonce, memoryview(data), memoryview(out)[NONCE_BYTES:], associated or None)
         return out
 
-    return work
-
-
-def _open(key: Key, associated: bytes) -> Callable[[Data], Data]:
-    def work(data: Data) -> bytearray:
+    def open_(data: Data) -> bytearray:
         size = len(data) - NONCE_BYTES - TAG_BYTES
         if size < 0:
             raise TagTooShort(f"nonce and tag have {NONCE_BYTES + TAG_BYTES} bytes, all of this has {len(data)}")
         view, out = memoryview(data), bytearray(size)
-        aead = aead_of(key.algorithm, bytearray(key.secret))
         try:
             aead.open(bytes(view[:NONCE_BYTES]), view[NONCE_BYTES:], memoryview(out), associated or None)
         except InvalidTag as exc:
             raise CiphertextInvalid("the ciphertext or its tag was changed or cut, or belongs to another context") from exc
-        finally:
-            aead.close()
         return out
 
-    return work
+    return Single(seal if encrypt else open_, most=_most(MAX_DATA_BYTES, encrypt=encrypt), closing=aead.close)
 
 
-def _xts(key: Key, tweak: bytes, *, encrypt: bool) -> Callable[[Data], Data]:
+def _xts(key: Key, tweak: bytes, *, encrypt: bool) -> Single:
     if len(tweak) != BLOCK_BYTES:
         raise Malformed(f"the context of XTS is its tweak, {BLOCK_BYTES} bytes: the number of the data unit, little endian")
+    cipher = Cipher(block_cipher(key), modes.XTS(tweak))
+    context = cipher.encryptor() if encrypt else cipher.decryptor()
 
     def work(data: Data) -> bytearray:
         if len(data) < BLOCK_BYTES:
             raise Malformed(f"a data unit of XTS has at least {BLOCK_BYTES} bytes")
-        cipher = Cipher(block_cipher(key), modes.XTS(tweak))
-        context = cipher.encryptor() if encrypt else cipher.decryptor()
         out = bytearray(len(data) + BLOCK_BYTES - 1)
         del out[context.update_into(data, out) :]
         context.finalize()
         return out
 
-    return work
+    return Single(work)
 
 
-def _wrap(key: Key) -> Callable[[Data], Data]:
-    padded = key.algorithm.mode == "KWP"
+def _key_wrap(key: Key, *, encrypt: bool) -> Single:
+    padded, wrapping = key.algorithm.mode == "KWP", bytearray(key.secret)
 
-    def work(data: Data) -> bytes:
+    def wrap(data: Data) -> bytes:
         if not padded and (len(data) < BLOCK_BYTES or len(data) % 8):
             raise Malformed("KW wraps 16 bytes or more, a multiple of 8", "choose KWP for other lengths")
         if not data:
             raise Malformed("there is nothing to wrap")
-        wrap = keywrap.aes_key_wrap_with_padding if padded else keywrap.aes_key_wrap
         secret = bytes(data)
         try:
-            return wrap(key.secret, secret)
+            return (keywrap.aes_key_wrap_with_padding if padded else keywrap.aes_key_wrap)(wrapping, secret)
         finally:
             wipe(secret)
 
-    return work
-
-
-def _unwrap(key: Key) -> Callable[[Data], Data]:
-    def work(data: Data) -> bytearray:
-        unwrap = keywrap.aes_key_unwrap_with_padding if key.algorithm.mode == "KWP" else keywrap.aes_key_unwrap
+    def unwrap(data: Data) -> bytearray:
         try:
-            return take(unwrap(key.secret, bytes(data)))
+            return take((keywrap.aes_key_unwrap_with_padding if padded else keywrap.aes_key_unwrap)(wrapping, bytes(data)))
         except (keywrap.InvalidUnwrap, ValueError) as exc:
             raise CiphertextInvalid("what was wrapped was changed or cut, or is of another key") from exc
 
-    return work
+    return Single(wrap if encrypt else unwrap, most=_most(MAX_WRAPPED_BYTES, encrypt=encrypt), closing=lambda: wipe(wrapping))
 
 
 def _public(request: StreamRequest, key: Key, *, encrypt: bool) -> Single:

@@ -94,12 +94,15 @@ def _agreement(request: StreamRequest, key: Key) -> Single:
     _check_derived(request)
     if request.length < 0 or (not request.length and (request.salt or request.context)):
         raise Malformed("salt and context are for a length that is derived")
+    private = key.private
+    if private is None:
+        raise RuntimeError("the key is gone")
 
     def work(data: Data) -> bytearray:
-        if key.private is None or len(data):
+        if len(data):
             raise Malformed("an agreement takes the other side's public key and no data")
         try:
-            secret = take(engine_keys.agree(key.private, request.peer))
+            secret = take(engine_keys.agree(private, request.peer))
         except ValueError as exc:
             raise SharedSecretZero("the other side's public key is a point of low order") from exc
         if not any(secret):
@@ -141,13 +144,14 @@ def _derivation(request: StreamRequest, key: Key) -> Single:
     _check_derived(request)
     if request.length < 1:
         raise Malformed("a derivation says how many bytes it wants")
+    secret = bytearray(key.secret)
 
     def work(data: Data) -> bytearray:
         if len(data):
             raise Malformed("a derivation takes no data")
-        return derive(key.secret, salt=request.salt, info=request.context, length=request.length, hash_=DIGESTS[key.algorithm.digest])
+        return derive(secret, salt=request.salt, info=request.context, length=request.length, hash_=DIGESTS[key.algorithm.digest])
 
-    return Single(work)
+    return Single(work, closing=lambda: wipe(secret))
 
 
 Keys = tuple[Key | None, Key | None]

@@ -10,11 +10,14 @@ from hypothesis import strategies as st
 
 from cipherfleet.channel import codec
 from cipherfleet.computing import engine
+from cipherfleet.computing.engine_stream import open_stream
 from cipherfleet.contract.algorithms import REGISTRY, Kind, algorithm
 from cipherfleet.contract.errors import CipherfleetError
+from cipherfleet.contract.escrow import VersionAttributes
+from cipherfleet.contract.ids import new_key_id
 from cipherfleet.contract.vcc import MAX_BATCH, BatchAnswer, BatchItem, BatchRequest, Operation, StreamRequest, Verb
 from tests.unit.computing.card.consumer import Function
-from tests.unit.computing.card.proof import spki
+from tests.unit.computing.card.proof import TWEAK, spki
 
 PKCS8 = (serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
 P256 = ec.generate_private_key(ec.SECP256R1())
@@ -197,3 +200,23 @@ def test_batches_that_are_none(function: Function) -> None:
     assert codes == [""] * 512 + ["too-large"] * 88
     mixed = batch(BatchItem(digest, 0, 2), BatchItem(StreamRequest(Verb.MAC), 7, 1), BatchItem(digest, 0, 1), data=b"abcd")
     assert [result.error.code if result.error else "" for result in mixed.results] == ["", "key-unknown", ""]
+
+
+@pytest.mark.parametrize("name", ["AES-256-GCM", "AES-256-CCM", "AES-256-CBC", "AES-128-XTS", "AES-256-KW", "HKDF-SHA-256"])
+def test_a_key_that_goes_meanwhile_is_not_used_half_wiped(name: str) -> None:
+    """A run may be in a thread while its key is unloaded: it ends with the key that it began with."""
+    chosen = algorithm(name)
+    material = bytes(range(1, chosen.key_bits // 8 + 1))
+    verb = Verb.DERIVE if chosen.kind is Kind.KEY_DERIVATION else Verb.ENCRYPT
+    request = StreamRequest(verb, TWEAK if chosen.mode == "XTS" else b"", length=32 if verb is Verb.DERIVE else 0)
+    key = engine.Key(new_key_id(), 1, chosen, bytearray(material), VersionAttributes(name, 1.5, bare=True))
+    stream = open_stream(request, key)
+    key.close()
+    made = bytes(stream.run(b"" if verb is Verb.DERIVE else bytes(32)))
+    stream.close()
+    function = Function()
+    handle = function.load(name, material, bare=True)
+    if verb is Verb.DERIVE:
+        assert function.run(request, handle=handle) == made
+    else:
+        assert function.run(StreamRequest(Verb.DECRYPT, request.context), made, handle=handle) == bytes(32)
