@@ -10,6 +10,7 @@ import typer
 from cipherfleet.app.cli import app
 from cipherfleet.contract import kmc_api, machine_api, management_api
 from cipherfleet.contract.algorithms import REGISTRY
+from cipherfleet.contract.audit_events import KEY_EVENTS, PLATFORM_EVENTS
 from cipherfleet.contract.errors import CipherfleetError
 from cipherfleet.contract.settings import Settings
 from cipherfleet.services import components
@@ -70,9 +71,20 @@ def algorithms() -> list[str]:
     return [*lines, *rows, ""]
 
 
+def audit_events() -> list[str]:
+    lines = ["## Audit events", "", "| event | what happened |", "|---|---|"]
+    lines.extend(f"| `{name}` | {what} |" for name, what in {**PLATFORM_EVENTS, **KEY_EVENTS}.items())
+    return [
+        *lines,
+        "",
+        "An attempt at the KMC that was refused is called by its route, as `POST /v1/escrow`; its outcome is the error's code.",
+        "",
+    ]
+
+
 def text() -> str:
     head = ["# Reference", "", "Generated from the code by `make docs`; a test fails when it is out of date.", ""]
-    return "\n".join([*head, *commands(), *settings(), *routes(), *error_codes(), *algorithms()])
+    return "\n".join([*head, *commands(), *settings(), *routes(), *error_codes(), *algorithms(), *audit_events()])
 
 
 if __name__ == "__main__":

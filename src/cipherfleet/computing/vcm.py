@@ -19,10 +19,10 @@ from cipherfleet.computing.vcm_grants import Grants, Logins
 from cipherfleet.computing.vcm_key_life import KeyLife
 from cipherfleet.computing.vcm_keys import Keys
 from cipherfleet.computing.vcm_transfer import Transfer
+from cipherfleet.contract.audit import AuditLog, AuditQuery
 from cipherfleet.contract.errors import CardUnavailable, ForeignConsumer, LeaseExpired, NotPermitted, ServiceOff
 from cipherfleet.contract.identities import Peer, Role
 from cipherfleet.contract.ids import CardId, ConsumerId, KeyId, VcmId
-from cipherfleet.contract.kmc_api import AuditLog
 from cipherfleet.contract.settings import Settings
 from cipherfleet.contract.statements import Right, Signed
 from cipherfleet.contract.vcc import Completion, Operation, VirtualCryptoCard
@@ -136,8 +136,8 @@ class Vcm:
     async def endpoints(self) -> Sequence[str]:
         return (f"https://{self._address}",)
 
-    async def audit(self) -> AuditLog:
-        return await self._kmc.call("GET", "/v1/audit", reply=AuditLog)
+    async def audit(self, query: AuditQuery) -> AuditLog:
+        return await self._kmc.call("GET", query.path, reply=AuditLog)
 
     # -- its doors -----------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@
     operator   GET    /v1/consumers                        -> ConsumerList
     operator   GET    /v1/applications                     -> ApplicationList
     operator   POST   /v1/applications/{consumer}/{name}/revoke -> Done
-    operator   GET    /v1/audit?consumer=                  -> AuditLog
-    operator   GET    /v1/audit/verify?consumer=           -> AuditLog                        or audit-broken
+    operator   GET    /v1/audit?consumer=&after=&since=&event=&key=&newest=&limit=  -> AuditLog
+    operator   GET    /v1/audit/heads                      -> AuditHeads                      where each log ends
     management POST   /v1/identity/challenges              ChallengeRequest -> Challenge
     management POST   /v1/identity/verify                  Signed[IdentityRequest] -> IdentityReply   (creation, deletion step 2)
     management PUT    /v1/vcms/{vcm}                       VcmAuthorisation -> Done           binds token, VCM, machine
@@ -28,9 +28,12 @@
     vcm        GET    /v1/escrow/rows?after=               -> RowsReply                       all rows, by key and version, in pages
     vcm        POST   /v1/escrow/search                    KeySearch -> KeysFound             a hint: each row is checked by who asks
     vcm        POST   /v1/escrow/statements                StatementsRequest -> StatementsReply
-    vcm        GET    /v1/audit                            -> AuditLog                        own consumer only
-    vcm        WS     /v1/vcm                              VcmToKmc / KmcToVcm
     terminal   GET    /v1/escrow?after=                    -> LogPage                         for a Ukey that is far behind
+    vcm        GET    /v1/audit                            -> AuditLog                        as the operator; own consumer only
+    vcm        POST   /v1/usage                            UsageReport -> Done                operations on data, counted
+    vcm        GET    /v1/usage/{key}                      -> KeyUsage
+    vcm        WS     /v1/vcm                              VcmToKmc / KmcToVcm
+    terminal   GET    /v1/audit                            -> AuditLog                        own consumer only
     terminal   WS     /v1/terminal                         TerminalToKmc / KmcToTerminal
     terminal   POST   /v1/applications                     ApplicationRequest -> ApplicationReply
     terminal   GET    /v1/ukeys/statements                 -> UkeyStatements                  who may sign for the consumer, and since when
@@ -108,23 +111,6 @@ class ApplicationEntry(Message, frozen=True):
 
 class ApplicationList(Message, frozen=True):
     applications: tuple[ApplicationEntry, ...]
-
-
-class AuditEntry(Message, frozen=True):
-    """One line of a consumer's audit log; ``digest`` chains over all before it (hex SHA-256)."""
-
-    sequence: int
-    at: float
-    consumer: str
-    actor: str
-    event: str
-    subject: str
-    outcome: str
-    digest: str
-
-
-class AuditLog(Message, frozen=True):
-    entries: tuple[AuditEntry, ...]
 
 
 class ChallengeRequest(Message, frozen=True):
@@ -352,13 +338,14 @@ class DownloadSignal(KmcToTerminal, frozen=True):
 
 
 class LeaseRequested(KmcToTerminal, frozen=True):
-    """The card's nonce, to be signed while the Ukey is seen; the newest checkpoint and log ride along."""
+    """The card's nonce, to be signed while the Ukey is seen; the newest checkpoints, of escrow and audit log, ride along."""
 
     vcm: VcmId
     card: CardId
     nonce: bytes
     checkpoint: Signed | None = None
     log: tuple[LogEntry, ...] = ()
+    audit: Signed | None = None
 
 
 class TerminalRefused(KmcToTerminal, frozen=True):

@@ -24,6 +24,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int = 1
     grants: tuple[Grant, ...] = ()
     root: str = ""  # the CA that certifies cards, for who brings keys of their own
+    kmc_signing_key: bytes = b""  # SubjectPublicKeyInfo, DER, from the Ukey: whose seals on the audit log count
 
     def __repr__(self) -> str:
         return f"Profile({self.application} of {self.consumer})"

@@ -41,5 +41,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     import_token_s: Annotated[float, Meta(gt=0, le=604800, description="how long an import token is good, seconds")] = 86400.0
     aliases_per_key: Annotated[int, Meta(ge=0, le=50, description="how many aliases a key may have")] = 50
     tags_per_key: Annotated[int, Meta(ge=0, le=50, description="how many tags a key may have")] = 50
+    audit_seal_entries: Annotated[int, Meta(ge=1, le=100_000, description="entries of an audit log after which the HSM seals it")] = 256
+    audit_seal_s: Annotated[float, Meta(gt=0, le=86400, description="how long an audit entry waits for its seal at most, seconds")] = 60.0
     argon2_memory_kib: Annotated[int, Meta(ge=8192, description="memory of the PIN's and passphrase's Argon2id, KiB")] = 65536
     argon2_iterations: Annotated[int, Meta(ge=1, description="passes of the PIN's and passphrase's Argon2id")] = 3

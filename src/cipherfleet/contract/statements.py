@@ -152,6 +152,17 @@ class RevokedUkey(msgspec.Struct, frozen=True):
     until: int
 
 
+class AuditCheckpointStatement(Statement, frozen=True):
+    """The HSM's word on a consumer's audit log (empty: the operator's own): entry ``sequence`` has the digest ``digest`` (hex)."""
+
+    KIND: ClassVar[str] = "cipherfleet/audit-checkpoint/v1"
+    consumer: str
+    epoch: int
+    sequence: int
+    digest: str
+    at: float  # unix seconds
+
+
 class SealedShare(Statement, frozen=True):
     """What the terminal seals (HPKE) to one card: never signed, never seen by anyone else."""
 

@@ -6,12 +6,12 @@ from typing import Protocol
 
 import msgspec
 
+from cipherfleet.contract.audit import AuditLog, AuditQuery
 from cipherfleet.contract.escrow import KeyState
 from cipherfleet.contract.identities import Peer
 from cipherfleet.contract.ids import ConsumerId, KeyId, VcmId
 from cipherfleet.contract.key_life import KeyUpdate
 from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
-from cipherfleet.contract.kmc_api import AuditLog
 from cipherfleet.contract.policy import Policy
 from cipherfleet.contract.statements import Right, Signed
 from cipherfleet.contract.vcc import VirtualCryptoCard
@@ -168,4 +168,6 @@ class VcmHost(Protocol):
 
     async def endpoints(self) -> Sequence[str]: ...
 
-    async def audit(self) -> AuditLog: ...
+    async def audit(self, query: AuditQuery) -> AuditLog:
+        """Of this consumer, whatever the query says."""
+        ...

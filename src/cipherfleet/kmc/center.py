@@ -13,11 +13,11 @@ from cipherfleet.kmc import audit, store
 from cipherfleet.kmc.certification import PLATFORM, ROOT, Certification
 from cipherfleet.kmc.hsm import Hsm, KeyHandle, Label, Mechanism, ensure_key_pair, ensure_wrap_key
 from cipherfleet.kmc.hsm_keys import HsmSigner
+from cipherfleet.kmc.refusals import Refusals
 from cipherfleet.kmc.registry import Issued, Registry
 from cipherfleet.state.database import Database
 
 ROOT_KEY, SIGNING_KEY = Label("root-key"), Label("kmc-signing")
-REFUSALS_PER_MINUTE = 60
 KEEP_EXPIRED_S = 30 * 86400
 
 
@@ -38,7 +38,7 @@ class Center:
         self.settings, self.wall_clock = settings, wall_clock
         self.registry = Registry()
         self.on_revoked: list[Callable[[tuple[Serial, ...]], object]] = []
-        self._refusals: dict[str, tuple[float, int]] = {}
+        self._refusals = Refusals()
 
     @staticmethod
     async def open(database: Database, hsm: Hsm, settings: Settings, *, wall_clock: Callable[[], float] = time.time) -> "Center":
@@ -72,6 +72,7 @@ class Center:
         """Certificates that nobody can show any more."""
         self.registry.forget_expired(now)
         await self.database.write(partial(store.forget_vcm_certificates, before=now - KEEP_EXPIRED_S))
+        await self.database.write(store.forget_usage_reports)
 
     def recorded(self, issued: Issued, superseded: Iterable[Serial] = ()) -> None:
         """A certificate was committed, and others revoked with it."""
@@ -104,12 +105,11 @@ class Center:
         await self.database.write(commit)
 
     async def audit_refusal(self, consumer: str, actor: str, event: str, subject: str, outcome: str) -> None:
-        """A refused attempt; of a flood only the first of each minute are written, so that nobody fills the disk."""
-        now = time.monotonic()
-        since, count = self._refusals.get(actor, (now, 0))
-        if now - since > 60:
-            since, count = now, 0
-            self._refusals = {a: (s, c) for a, (s, c) in self._refusals.items() if now - s <= 60}
-        self._refusals[actor] = (since, count + 1)
-        if count < REFUSALS_PER_MINUTE:
+        """A refused attempt; of a flood the first of each minute are written, and how many more there were."""
+        if self._refusals.take(consumer, actor, event, outcome):
             await self.audit(consumer, actor, event, subject, outcome)
+
+    async def write_suppressed(self, *, everything: bool = False) -> None:
+        """How many refused attempts were not written one by one, of minutes that are over."""
+        for consumer, lines in self._refusals.due(self.wall_clock(), everything=everything).items():
+            await self.database.write(partial(audit.append_all, consumer=consumer, lines=lines))

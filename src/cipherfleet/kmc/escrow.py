@@ -10,6 +10,7 @@ import msgspec
 from sqlalchemy import Connection, insert, update
 
 from cipherfleet.channel import codec, signing
+from cipherfleet.contract.audit_events import DATA_EVENT, PLATFORM_EVENTS
 from cipherfleet.contract.errors import ForeignConsumer, LimitReached, Malformed, StateConflict, TooLarge
 from cipherfleet.contract.escrow import LogEntry, RowName, Seen, decode_attributes, extend, row_digest, was_destroyed
 from cipherfleet.contract.ids import ApplicationName, ConsumerId
@@ -44,8 +45,6 @@ STATEMENT_ENTRIES = 1024
 """The last entries of a log are kept for statements: whoever fills it with rows cannot hinder a signing out."""
 CHANGES_PER_SECOND, CHANGES_BURST = 50, 2000
 """Changes of a consumer's existing rows; new ones are bounded by the settings."""
-NAMED_KEYS = 4
-"""Of so many keys the audit line names each; of a larger write it says where the log does."""
 MAX_VERSION = 2**31 - 1
 
 
@@ -90,7 +89,7 @@ class Escrow:
         return StatementsReply(await self._center.database.read(partial(read_statements, consumer=consumer, names=names)))
 
     async def write(self, consumer: ConsumerId, request: EscrowWrite, *, via: str) -> EscrowReceipt:
-        """All rows, their log entries and the audit line, or nothing.
+        """All rows, their log entries and an audit entry for each key, or nothing.
 
         Raises ``Malformed``, ``TooLarge``, ``ForeignConsumer``, ``LimitReached`` or ``StateConflict``.
         """
@@ -105,11 +104,9 @@ class Escrow:
             changes = [(row.subject, row_digest(row)) for row in rows]
             entries = append_log(connection, consumer, changes, self._center.settings.changes_per_consumer - STATEMENT_ENTRIES)
             key_index.note(connection, consumer, rows, entries)
-            subject = ", ".join(keys)
-            if len(keys) > NAMED_KEYS:
-                subject = f"{len(keys)} keys, changes {entries[0].sequence} to {entries[-1].sequence} of the escrow"
             actor = f"{request.actor[:120]} via {via}" if request.actor else via
-            audit.append(connection, consumer, at=at, actor=actor, event=request.event or "escrow-written", subject=subject)
+            event = request.event or "escrow-written"
+            audit.append_all(connection, consumer, [audit.Line(at, actor, event, key) for key in keys])
             return EscrowReceipt(entries)
 
         receipt = await self._center.database.write(commit, lambda receipt: self.note(consumer, receipt.log))
@@ -162,6 +159,8 @@ def check_write(consumer: ConsumerId, request: EscrowWrite) -> None:
         raise Malformed(f"a write has 1 to {MAX_WRITES} rows, not {len(request.writes)}")
     if len(request.event) > 64 or not request.event.isprintable() or not request.actor.isprintable():
         raise Malformed("event and actor are short printable texts")
+    if request.event in PLATFORM_EVENTS or request.event.startswith(DATA_EVENT):
+        raise Malformed(f"a VCM does not say {request.event}")
     for write in request.writes:
         row = write.row
         if row.consumer != consumer:

@@ -15,6 +15,7 @@ from cipherfleet.contract.ids import CardId
 from cipherfleet.contract.kmc_api import CmkDelivered, CmkReleased, DownloadSignal, LeaseGranted, LeaseRequested
 from cipherfleet.contract.statements import Signed
 from cipherfleet.kmc import leases
+from cipherfleet.kmc.audit_seal import AuditSealer
 from cipherfleet.kmc.center import Center
 from cipherfleet.kmc.escrow import Escrow
 from cipherfleet.kmc.hsm import WRAPPED_SECRET_BYTES
@@ -29,8 +30,8 @@ MAX_SEALED_BYTES = 16 * 1024
 class Release:
     """Signals, CMK and leases, each from terminal to card."""
 
-    def __init__(self, center: Center, escrow: Escrow, sessions: Sessions) -> None:
-        self._center, self._escrow, self._sessions = center, escrow, sessions
+    def __init__(self, center: Center, escrow: Escrow, sealer: AuditSealer, sessions: Sessions) -> None:
+        self._center, self._escrow, self._sealer, self._sessions = center, escrow, sealer, sessions
 
     # -- the CMK -------------------------------------------------------------------------------------------------------
 
@@ -136,7 +137,11 @@ class Release:
         except HsmUnavailable:
             log.warning("a checkpoint for %s waits for the HSM", session.consumer)
         if session.terminal is not None and session.lives(vcm):
-            session.terminal.post(LeaseRequested(vcm.id, vcm.card, nonce, checkpoint, entries))
+            audit: Signed | None = None
+            sealed = self._sealer.newest(session.consumer)
+            if sealed is not None and sealed[0] > session.audit_told:
+                session.audit_told, audit = sealed
+            session.terminal.post(LeaseRequested(vcm.id, vcm.card, nonce, checkpoint, entries, audit))
 
     async def lease_signed(self, session: ConsumerSession, signed: Signed) -> None:
         """The Ukey's signature was given; the HSM's comes now, unless something was revoked.

@@ -160,6 +160,9 @@ audit = Table(
     Column("subject", String, nullable=False),
     Column("outcome", String, nullable=False),
     Column("digest", String, nullable=False),
+    Column("count", Integer, nullable=False),
+    Index("audit_at", "at"),
+    Index("audit_subject", "consumer", "subject"),
 )
 
 audit_heads = Table(
@@ -168,4 +171,28 @@ audit_heads = Table(
     Column("consumer", String, primary_key=True),
     Column("sequence", Integer, nullable=False),
     Column("digest", String, nullable=False),
+)
+
+audit_checkpoints = Table(
+    "audit_checkpoints",
+    metadata,
+    Column("consumer", String, primary_key=True),
+    Column("sequence", Integer, primary_key=True),
+    Column("statement", BLOB, nullable=False),  # Signed[AuditCheckpointStatement], as JSON
+)
+
+key_usage = Table(
+    "key_usage",
+    metadata,
+    Column("consumer", String, primary_key=True),
+    Column("key", String, primary_key=True),
+    Column("uses", Integer, nullable=False),
+    Column("last_used_at", Float, nullable=False),
+)
+
+usage_reports = Table(
+    "usage_reports",
+    metadata,
+    Column("vcm", String, primary_key=True),
+    Column("number", Integer, nullable=False),  # of the newest report that was written
 )

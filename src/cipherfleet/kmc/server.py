@@ -4,15 +4,17 @@ import logging
 import re
 from functools import partial
 
+import msgspec
+
 from cipherfleet.channel.certificates import Credentials
 from cipherfleet.channel.server import Call, Handler, Server
+from cipherfleet.contract.audit import AuditQuery, UsageReport
 from cipherfleet.contract.errors import CipherfleetError, Forbidden, Malformed, Tampered, Unauthorised
 from cipherfleet.contract.escrow import RowName
 from cipherfleet.contract.identities import Role
 from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId, TokenId, UkeyId, VcmId, is_slug
 from cipherfleet.contract.kmc_api import (
     ApplicationRequest,
-    AuditLog,
     CardRequest,
     ChallengeRequest,
     EnrolConfirmation,
@@ -35,6 +37,7 @@ from cipherfleet.contract.messages import CertificateRequest, Done
 from cipherfleet.contract.statements import Signed
 from cipherfleet.kmc import audit
 from cipherfleet.kmc.applications import Applications
+from cipherfleet.kmc.audit_seal import AuditSealer
 from cipherfleet.kmc.bulk import BulkReads
 from cipherfleet.kmc.center import Center
 from cipherfleet.kmc.channels import Channel
@@ -45,6 +48,7 @@ from cipherfleet.kmc.identity import IdentityDesk
 from cipherfleet.kmc.service import Service
 from cipherfleet.kmc.sessions import ConsumerSession
 from cipherfleet.kmc.ukeys import Ukeys
+from cipherfleet.kmc.usage import Usage
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +63,10 @@ class KmcServer:
         self.center = center
         self._bulk = BulkReads()
         self.escrow = Escrow(center)
-        self.service = Service(center, self.escrow)
+        self.sealer = AuditSealer(center)
+        self.service = Service(center, self.escrow, self.sealer)
         self.enrolment = Enrolment(center, self.escrow)
+        self.usage = Usage(center)
         self.identity = IdentityDesk(center, self.service)
         self.applications = Applications(center, self.escrow, self.service)
         self.ukeys = Ukeys(center, self.escrow, self.service)
@@ -84,8 +90,10 @@ class KmcServer:
             ("POST", "/v1/applications/{consumer}/{name}/revoke", operator, self._revoke_application),
             ("GET", "/v1/ukeys", [Role.OPERATOR, Role.TERMINAL], self._list_ukeys),
             ("POST", "/v1/ukeys/{consumer}/{ukey}/revoke", operator, self._revoke_one_ukey),
-            ("GET", "/v1/audit/verify", operator, self._verify_audit),
-            ("GET", "/v1/audit", [Role.OPERATOR, Role.VCM], self._audit),
+            ("GET", "/v1/audit/heads", operator, self._audit_heads),
+            ("GET", "/v1/audit", [Role.OPERATOR, Role.VCM, Role.TERMINAL], self._audit),
+            ("POST", "/v1/usage", vcm, self._report_usage),
+            ("GET", "/v1/usage/{key}", vcm, self._key_usage),
             ("POST", "/v1/identity/challenges", management, self._challenge),
             ("POST", "/v1/identity/verify", management, self._verify_identity),
             ("PUT", "/v1/vcms/{vcm}", management, self._authorise),
@@ -165,17 +173,23 @@ class KmcServer:
         return Done()
 
     async def _audit(self, call: Call) -> object:
-        """A VCM gets its own consumer's lines, whatever it asks for."""
-        consumer = call.peer.identity.consumer or _consumer_asked(call)
-        async with self._bulk.turn(call.peer.identity.consumer, call.peer.identity.id):
-            return AuditLog(await self.center.database.read(partial(audit.read, consumer=consumer)))
+        """A consumer's VCM and terminal get its own log, whatever they ask for."""
+        query = AuditQuery.parse(call.request.query)
+        consumer = call.peer.identity.consumer
+        if consumer:
+            query = msgspec.structs.replace(query, consumer=consumer)
+        async with self._bulk.turn(consumer, call.peer.identity.id):
+            return await self.center.database.read(partial(audit.read_page, query=query, signing_key=self.center.signer.public_key))
 
-    async def _verify_audit(self, call: Call) -> object:
-        """All lines are checked; the newest are shown."""
-        consumer = _consumer_asked(call)
-        async with self._bulk.turn(call.peer.identity.consumer, call.peer.identity.id):
-            await self.center.database.read(partial(audit.verify, consumer=consumer))
-            return AuditLog(await self.center.database.read(partial(audit.read, consumer=consumer)))
+    async def _audit_heads(self, call: Call) -> object:
+        return await self.center.database.read(audit.read_heads)
+
+    async def _report_usage(self, call: Call) -> object:
+        await self.usage.report(await call.body(UsageReport), call.peer.identity)
+        return Done()
+
+    async def _key_usage(self, call: Call) -> object:
+        return await self.usage.of(call.peer.identity.consumer, call.path("key", KeyId))
 
     # -- management ----------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from cipherfleet.contract.kmc_api import (
     VcmToKmc,
 )
 from cipherfleet.kmc import store
+from cipherfleet.kmc.audit_seal import AuditSealer
 from cipherfleet.kmc.center import Center
 from cipherfleet.kmc.escrow import Escrow
 from cipherfleet.kmc.pace import Pace
@@ -38,12 +39,12 @@ JOINS_PER_SECOND, JOINS_BURST = 1, 30
 class Service:
     """All that is on. ``revoke`` turns it off."""
 
-    def __init__(self, center: Center, escrow: Escrow) -> None:
-        self._center = center
+    def __init__(self, center: Center, escrow: Escrow, sealer: AuditSealer) -> None:
+        self._center, self._sealer = center, sealer
         self._sessions = Sessions(center.settings.lease_s)
         self._sessions.on_expired = self._expired
         self._joins = Pace(JOINS_PER_SECOND, JOINS_BURST, "plugs its Ukey in")
-        self._release = Release(center, escrow, self._sessions)
+        self._release = Release(center, escrow, sealer, self._sessions)
         self.revoke = Revocation(center, self._sessions)
         center.on_revoked.append(self._tell_revoked)
 
@@ -55,10 +56,12 @@ class Service:
 
         for consumer in await self._center.database.read(read):
             self._sessions.open(consumer)
+        await self._sealer.start()
 
     async def stop(self) -> None:
         """The KMC goes, the certificates stay: whoever is connected comes again."""
         await self._sessions.stop()
+        await self._sealer.stop()
 
     # -- the terminal --------------------------------------------------------------------------------------------------
 
@@ -83,6 +86,7 @@ class Service:
         session.ukey = mine
         session.refuse_terminal(Exists.code, "another terminal of this consumer has taken over")
         session.terminal, session.told, session.lost_at = channel, since, None
+        session.audit_told = 0
         self._sessions.watch(session)
         for vcm in session.vcms.values():
             self._release.signal(session, vcm)

@@ -67,6 +67,7 @@ class ConsumerSession:
         self.consumer, self.ukey = consumer, ukey
         self.terminal: TerminalChannel | None = None
         self.told = 0
+        self.audit_told = 0  # up to where this terminal has been told of the audit log's seals
         self.lost_at: float | None = now  # since when there has been no terminal
         self.wanted_at: float | None = None  # the oldest lease that was wanted since the Ukey last signed one
         self.timer: asyncio.TimerHandle | None = None

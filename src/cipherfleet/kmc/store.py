@@ -12,7 +12,7 @@ from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import CardId, ConsumerId, MachineId, Serial, TokenId, UkeyId, VcmId
 from cipherfleet.contract.kmc_api import ConsumerEntry
 from cipherfleet.kmc.registry import Issued
-from cipherfleet.kmc.schema import authorities, certificates, consumers, statements, tokens, ukeys, vcms
+from cipherfleet.kmc.schema import authorities, certificates, consumers, statements, tokens, ukeys, usage_reports, vcms
 
 PENDING, ENROLLED, REVOKED = "pending", "enrolled", "revoked"
 ACTIVE = "active"
@@ -156,6 +156,11 @@ def forget_vcm_certificates(connection: Connection, before: float) -> int:
     """Those that expired long ago; there is a new one every few minutes. How many there were."""
     gone = (certificates.c.role == Role.VCM) & (certificates.c.not_after < before)
     return connection.execute(delete(certificates).where(gone)).rowcount
+
+
+def forget_usage_reports(connection: Connection) -> None:
+    """The numbers of reports of VCMs that are gone."""
+    connection.execute(delete(usage_reports).where(usage_reports.c.vcm.not_in(select(vcms.c.id))))
 
 
 def revoke_cards(connection: Connection, machine: MachineId) -> tuple[Serial, ...]:

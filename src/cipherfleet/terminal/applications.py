@@ -82,6 +82,7 @@ async def sign_in(
         grants=tuple(grants),
         not_after=not_after,
         root=ukey.record.root,
+        kmc_signing_key=ukey.record.kmc_signing_key,
     )
 
 

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 from cipherfleet.channel import signing
-from cipherfleet.contract.errors import CheckpointForged, EscrowRolledBack, Malformed, StatementForged
+from cipherfleet.channel.audit_check import read_audit_checkpoint
+from cipherfleet.contract.audit import AuditPoint
+from cipherfleet.contract.errors import AuditBroken, CheckpointForged, EscrowRolledBack, Malformed, StatementForged
 from cipherfleet.contract.escrow import LogEntry, Seen, replay
 from cipherfleet.contract.ids import ConsumerId
 from cipherfleet.contract.statements import CheckpointStatement, Signed
@@ -42,3 +44,21 @@ def check_recorded(log: Sequence[LogEntry], seen: Seen, point: Seen, subject: st
     following = [entry for entry in log if seen.sequence < entry.sequence <= point.sequence]
     if not any(entry.subject == subject and entry.digest == digest for entry in following):
         raise EscrowRolledBack(f"the escrow did not write {subject} down", "what was signed may be used against you: sign anew")
+
+
+def advance_audit(consumer: ConsumerId, known: AuditPoint | None, epoch: int, checkpoint: Signed, kmc_signing_key: bytes) -> AuditPoint:
+    """The point of the audit log to remember, after the KMC showed a seal on it; ``epoch`` is the one the Ukey lives in.
+
+    Raises ``AuditBroken`` for a seal that is forged, or of a log that is shorter than, or differs from, what the Ukey remembers.
+    """
+    statement = read_audit_checkpoint(checkpoint, consumer, kmc_signing_key)
+    point = AuditPoint(statement.sequence, statement.digest, statement.epoch)
+    if point.epoch != epoch:
+        raise AuditBroken(f"the audit log is sealed in epoch {point.epoch}, the Ukey is in {epoch}")
+    if known is None or known.epoch < point.epoch:  # a restore, which the Ukey agreed to
+        return point
+    if point.sequence < known.sequence:
+        raise AuditBroken(f"the audit log of {consumer} lacks entry {point.sequence + 1}: the Ukey remembers {known.sequence} entries")
+    if point.sequence == known.sequence and point.digest != known.digest:
+        raise AuditBroken(f"entry {point.sequence} of the audit log of {consumer} is not the one that the Ukey remembers")
+    return point

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from cipherfleet.channel import codec
+from cipherfleet.contract.audit import AuditPoint
 from cipherfleet.contract.errors import CipherfleetError, EscrowRolledBack, Malformed, UkeyAbsent, UkeyInvalid
 from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.ids import ConsumerId, UkeyId
@@ -42,6 +43,7 @@ class Remembered(msgspec.Struct, frozen=True):
     """``statement_sequence``: the last number that a statement was given, here or by another Ukey of the consumer that is known of.
 
     ``ukeys``: all of the consumer, after the statements up to number ``ukey_sequence``; empty before there ever was a second one.
+    ``audit``: the newest seal on the audit log.
     """
 
     seen: Seen
@@ -50,6 +52,7 @@ class Remembered(msgspec.Struct, frozen=True):
     version: int = 1
     ukeys: tuple[KnownUkey, ...] = ()
     ukey_sequence: int = 0
+    audit: AuditPoint | None = None
 
 
 class _Sealed(msgspec.Struct, frozen=True):
@@ -137,6 +140,20 @@ class DirectoryMemory:
             return msgspec.structs.replace(known, seen=point)
 
         await asyncio.to_thread(self._change, change)
+
+    @property
+    def audit(self) -> AuditPoint | None:
+        return self._known.audit
+
+    async def remember_audit(self, point: AuditPoint) -> None:
+        def newer(known: Remembered) -> Remembered:
+            old = known.audit
+            if old is not None and (old.epoch, old.sequence) >= (point.epoch, point.sequence):
+                return known
+            return msgspec.structs.replace(known, audit=point)
+
+        if point != self._known.audit:
+            await asyncio.to_thread(self._change, newer)
 
     async def next_sequence(self) -> int:
         def count(known: Remembered) -> Remembered:

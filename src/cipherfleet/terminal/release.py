@@ -5,6 +5,7 @@ import time
 from cipherfleet.channel.sealing import check_card
 from cipherfleet.channel.signing import sign
 from cipherfleet.contract.errors import (
+    AuditBroken,
     CheckpointForged,
     CipherfleetError,
     ErrorBody,
@@ -28,7 +29,7 @@ from cipherfleet.contract.kmc_api import (
 from cipherfleet.contract.management_api import LoginFailed
 from cipherfleet.contract.statements import LeaseStatement, Signed
 from cipherfleet.terminal.catch_up import catch_up
-from cipherfleet.terminal.checkpoint import advance, read_checkpoint
+from cipherfleet.terminal.checkpoint import advance, advance_audit, read_checkpoint
 from cipherfleet.terminal.insertion import FINAL, MAX_WAITING, TAKEN_OVER, Insertion, Service
 
 LEASE_NONCE_BYTES = 16
@@ -121,6 +122,8 @@ class KeyRelease:
         state = self._insertion
         if frame.checkpoint is not None:
             await self._look_at(frame.checkpoint, frame.log)
+        if frame.audit is not None:
+            await self._note_audit(frame.audit)
         service = state.services.get(frame.vcm)
         if service is None or service.card != frame.card or len(frame.nonce) != LEASE_NONCE_BYTES:
             state.tell("lease-refused", frame.vcm)
@@ -158,6 +161,17 @@ class KeyRelease:
         except EscrowRolledBack:
             if memory.seen.epoch != point.epoch or memory.seen.sequence <= point.sequence:
                 raise
+
+    async def _note_audit(self, checkpoint: Signed) -> None:
+        """The Ukey keeps the newest seal on the audit log. One that contradicts it is told and not kept; the service goes on."""
+        state = self._insertion
+        memory = state.ukey.memory
+        try:
+            point = advance_audit(state.consumer, memory.audit, memory.seen.epoch, checkpoint, state.ukey.record.kmc_signing_key)
+        except AuditBroken as exc:
+            state.tell("audit-broken", detail=exc.message)
+            return
+        await memory.remember_audit(point)
 
     def _on_refused(self, error: CipherfleetError) -> None:
         state = self._insertion

@@ -27,6 +27,7 @@ from cipherfleet.channel import codec
 from cipherfleet.channel.certificates import Credentials, key_to_pem
 from cipherfleet.channel.sealing import TrustedCard
 from cipherfleet.channel.signing import LocalSigner, Signer
+from cipherfleet.contract.audit import AuditPoint
 from cipherfleet.contract.errors import CipherfleetError, Exists, Malformed, StateNewer, UkeyAbsent, UkeyInvalid
 from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.ids import CardId, ConsumerId, VcmId
@@ -95,6 +96,15 @@ class UkeyMemory(Protocol):
 
     async def remember(self, seen: Seen) -> None:
         """Durable when it returns. Never goes back: raises ``EscrowRolledBack``."""
+        ...
+
+    @property
+    def audit(self) -> AuditPoint | None:
+        """The newest seal on the audit log that was verified."""
+        ...
+
+    async def remember_audit(self, point: AuditPoint) -> None:
+        """Durable when it returns. Never goes back: an older point changes nothing."""
         ...
 
     async def next_sequence(self) -> int:

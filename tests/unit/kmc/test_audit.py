@@ -1,123 +1,314 @@
-"""The audit log: a chain that shows every change."""
+"""The audit log at the KMC: seals, pages, and every way to tamper with the database, found at the API by whoever asks."""
 
 import sqlite3
 import time
 
+import msgspec
 import pytest
-from msgspec import structs
 
+from cipherfleet.channel import signing
+from cipherfleet.channel.audit_check import AuditCheck, AuditVerdict, read_audit_checkpoint
+from cipherfleet.channel.certificates import new_key
+from cipherfleet.channel.client import Caller
+from cipherfleet.contract.audit import (
+    MAX_TEXT,
+    AuditEntry,
+    AuditHeads,
+    AuditLog,
+    AuditPoint,
+    AuditQuery,
+    KeyUsage,
+    UsageReport,
+    digest_of,
+    genesis,
+)
+from cipherfleet.contract.audit import DataUse as Use
 from cipherfleet.contract.errors import AuditBroken, Malformed, NotPermitted
-from cipherfleet.contract.kmc_api import AuditEntry, AuditLog
-from cipherfleet.kmc import audit, center
-from cipherfleet.kmc.audit import digest_of, genesis, verify_audit
+from cipherfleet.contract.kmc_api import LeaseGranted, LeaseRequested, LeaseWanted
+from cipherfleet.contract.statements import AuditCheckpointStatement
+from cipherfleet.kmc import refusals
 from tests.unit.kmc.world import World, start_vcm
 
-
-def chain(consumer: str, count: int) -> list[AuditEntry]:
-    entries: list[AuditEntry] = []
-    for sequence in range(1, count + 1):
-        entry = AuditEntry(sequence, 0.5, consumer, "actor", "event", "subject", "ok", "")
-        previous = entries[-1].digest if entries else genesis(consumer)
-        entries.append(structs.replace(entry, digest=digest_of(previous, entry)))
-    return entries
+KEY = "0123456789abcdef" * 2
 
 
-def test_a_whole_chain_verifies() -> None:
-    verify_audit([])
-    verify_audit(chain("alice", 5))
-    verify_audit(chain("", 3) + chain("alice", 5) + chain("bob", 2), {"bob": (2, chain("bob", 2)[-1].digest)})
+async def ask(caller: Caller, query: AuditQuery) -> AuditLog:
+    return await caller.call("GET", query.path, reply=AuditLog)
 
 
-@pytest.mark.parametrize("field", ["at", "actor", "event", "subject", "outcome", "digest"])
-def test_a_changed_field_shows(field: str) -> None:
-    entries = chain("alice", 3)
-    value = 0.25 if field == "at" else "0" * 64
-    entries[1] = structs.replace(entries[1], **{field: value})
-    with pytest.raises(AuditBroken):
-        verify_audit(entries)
+async def verify(caller: Caller, consumer: str, key: bytes, seen: AuditPoint | None = None, *, limit: int = 3) -> AuditVerdict:
+    """As the command does it, in small pages."""
+    check = AuditCheck(consumer, key, seen=seen)
+    query: AuditQuery | None = AuditQuery()
+    while query is not None:
+        query = check.page(await ask(caller, msgspec.structs.replace(query, consumer=consumer, limit=limit)))
+    return check.end()
 
 
-def test_removed_reordered_repeated_foreign_and_cut_lines_show() -> None:
-    good = chain("alice", 4)
-    broken = [
-        good[1:],
-        good[:1] + good[2:],
-        [good[1], good[0], *good[2:]],
-        [good[0], *good],
-        [structs.replace(e, consumer="bob") for e in good],
-    ]
-    for entries in broken:
-        with pytest.raises(AuditBroken):
-            verify_audit(entries)
-    head = (good[-1].sequence, good[-1].digest)
-    for cut in (good[:3], []):
-        with pytest.raises(AuditBroken):
-            verify_audit(cut, {"alice": head})
+async def seal(world: World) -> None:
+    await world.kmc.sealer.seal(lambda unsealed, waited: True)
 
 
-async def entries_of(world: World, query: str = "", path: str = "/v1/audit") -> tuple[AuditEntry, ...]:
-    return (await (await world.operator()).call("GET", path + query, reply=AuditLog)).entries
+async def fill(world: World, count: int = 8) -> AuditPoint:
+    """Entries for alice, the first five under a seal and the rest under another; the point that a Ukey would have seen."""
+    for number in range(count):
+        await world.center.audit("alice", "actor", "event", str(number))
+        if number == 4:
+            await seal(world)
+    await seal(world)
+    newest = world.kmc.sealer.newest("alice")
+    assert newest is not None
+    statement = read_audit_checkpoint(newest[1], "alice", world.center.signer.public_key)
+    return AuditPoint(statement.sequence, statement.digest)
 
 
-async def test_the_operator_sees_and_verifies_all(world: World) -> None:
+def edit(world: World, *statements: str) -> None:
+    with sqlite3.connect(world.folder / "kmc.sqlite") as connection:
+        for statement in statements:
+            connection.execute(statement)
+    connection.close()
+
+
+def rechain(world: World, change: str, *, keep: int = 0) -> None:
+    """The rogue database owner's best: change, chain everything anew, and set the head to it."""
+    edit(world, change)
+    with sqlite3.connect(world.folder / "kmc.sqlite") as connection:
+        connection.row_factory = sqlite3.Row
+        digest, sequence = genesis("alice"), 0
+        found = connection.execute("SELECT * FROM audit WHERE consumer = 'alice' ORDER BY sequence").fetchall()
+        connection.execute("DELETE FROM audit WHERE consumer = 'alice'")
+        for row in found:
+            sequence += 1
+            values = {**dict(row), "sequence": sequence, "digest": ""}
+            digest = digest_of(digest, msgspec.convert(values, AuditEntry))
+            names = ", ".join(values)
+            values["digest"] = digest
+            marks = ", ".join("?" * len(values))
+            connection.execute(f"INSERT INTO audit ({names}) VALUES ({marks})", [*values.values()])  # noqa: S608
+        connection.execute("UPDATE audit_heads SET sequence = ?, digest = ? WHERE consumer = 'alice'", (sequence, digest))
+    connection.close()
+
+
+TAMPERED = {
+    "removed": ("DELETE FROM audit WHERE consumer = 'alice' AND sequence = 3", 3),
+    "changed": ("UPDATE audit SET outcome = 'refused' WHERE consumer = 'alice' AND sequence = 4", 4),
+    "reordered": (
+        "UPDATE audit SET sequence = CASE sequence WHEN 2 THEN -1 ELSE sequence END WHERE consumer = 'alice';"
+        "UPDATE audit SET sequence = 2 WHERE consumer = 'alice' AND sequence = 3;"
+        "UPDATE audit SET sequence = 3 WHERE consumer = 'alice' AND sequence = -1",
+        2,
+    ),
+    "inserted": (
+        "UPDATE audit SET sequence = -sequence - 1 WHERE consumer = 'alice' AND sequence > 5;"
+        "UPDATE audit SET sequence = -sequence WHERE consumer = 'alice' AND sequence < 0;"
+        "INSERT INTO audit SELECT consumer, 6, at, actor, event, 'forged', outcome, digest, count FROM audit"
+        " WHERE consumer = 'alice' AND sequence = 5",
+        6,
+    ),
+    "truncated": ("DELETE FROM audit WHERE consumer = 'alice' AND sequence > 6", 7),
+}
+
+
+@pytest.mark.parametrize("way", TAMPERED)
+async def test_tampering_with_the_database_is_found_at_the_api(world: World, way: str) -> None:
     alice = await world.enrol()
     await world.enrol("bob")
     vcm = await start_vcm(world, alice, await alice.plug_in())
-    everything = await entries_of(world)
-    assert {e.consumer for e in everything} == {"", "alice", "bob"}
-    verify_audit(everything)
-    assert {e.consumer for e in await entries_of(world, "?consumer=bob")} == {"bob"}
-    assert await entries_of(world, "?consumer=nobody") == ()
-    assert len(await entries_of(world, "", "/v1/audit/verify")) > len(everything)
-    assert {e.consumer for e in await entries_of(world, "?consumer=alice", "/v1/audit/verify")} == {"alice"}
-    theirs = await vcm.caller.call("GET", "/v1/audit?consumer=bob", reply=AuditLog)
-    assert {e.consumer for e in theirs.entries} == {"alice"}
-    verify_audit(theirs.entries)
-    with pytest.raises(NotPermitted):
-        await vcm.caller.call("GET", "/v1/audit/verify", reply=AuditLog)
-    with pytest.raises(Malformed):
-        await entries_of(world, "?consumer=../x")
+    seen = await fill(world)
+    key = alice.reply.kmc_signing_key
+    askers = [await world.operator(), vcm.caller, alice.terminal()]
+    for caller in askers:
+        verdict = await verify(caller, "alice", key, seen)
+        assert verdict.sealed == verdict.verified == verdict.ukey == seen.sequence
+    statements, first = TAMPERED[way]
+    edit(world, *statements.split(";"))
+    for caller in askers:
+        with pytest.raises(AuditBroken, match=rf"entry {first}\b"):
+            await verify(caller, "alice", key)
+    await verify(askers[0], "bob", key)  # another log is another matter
 
 
 @pytest.mark.parametrize(
-    "statement",
+    ("change", "first"),
     [
-        "UPDATE audit SET outcome = 'ok!' WHERE consumer = 'alice' AND sequence = 1",
-        "DELETE FROM audit WHERE consumer = 'alice' AND sequence = 2",
-        "DELETE FROM audit WHERE consumer = 'alice'",
-        "UPDATE audit SET at = at + 1 WHERE consumer = 'alice'",
+        ("UPDATE audit SET outcome = 'refused' WHERE consumer = 'alice' AND sequence = 3", "sealed"),
+        ("DELETE FROM audit WHERE consumer = 'alice' AND sequence = 3", "sealed"),
+        ("DELETE FROM audit WHERE consumer = 'alice' AND sequence > 6", "lacks entry 7"),
     ],
 )
-async def test_an_edited_log_shows(world: World, statement: str) -> None:
-    await world.enrol()
-    with sqlite3.connect(world.folder / "kmc.sqlite") as connection:
-        connection.execute(statement)
-    connection.close()
+async def test_a_log_that_was_chained_anew_contradicts_its_seals(world: World, change: str, first: str) -> None:
+    alice = await world.enrol()
+    seen = await fill(world)
+    rechain(world, change)
+    operator = await world.operator()
+    with pytest.raises(AuditBroken, match=first):
+        await verify(operator, "alice", alice.reply.kmc_signing_key)
+    edit(world, "DELETE FROM audit_checkpoints WHERE consumer = 'alice'")
+    verdict = await verify(operator, "alice", alice.reply.kmc_signing_key)
+    assert verdict.sealed == 0  # which is all that shows without the Ukey
     with pytest.raises(AuditBroken):
-        await entries_of(world, "", "/v1/audit/verify")
-    await entries_of(world, "?consumer=bob", "/v1/audit/verify")
+        await verify(operator, "alice", alice.reply.kmc_signing_key, seen)
 
 
-async def test_a_flood_of_refusals_does_not_fill_the_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(center, "REFUSALS_PER_MINUTE", 3)
+async def test_what_was_chained_anew_gets_no_seal(world: World) -> None:
+    alice = await world.enrol()
+    await fill(world)
+    rechain(world, "UPDATE audit SET outcome = 'refused' WHERE consumer = 'alice' AND sequence = 9")
+    before = world.kmc.sealer.newest("alice")
+    await world.center.audit("alice", "actor", "event", "more")
+    await seal(world)
+    assert world.kmc.sealer.newest("alice") == before
+    with pytest.raises(AuditBroken):
+        await verify(await world.operator(), "alice", alice.reply.kmc_signing_key)
+    await world.restart()
+    assert world.kmc.sealer.newest("alice") is None  # nor is it trusted after a restart
+
+
+async def test_seals_come_by_number_and_by_time_and_when_the_kmc_ends(world: World) -> None:
+    await world.enrol()
+    settings = world.settings
+    for _ in range(settings.audit_seal_entries):
+        await world.center.audit("alice", "actor", "event", "x")
+    await world.kmc.sealer.seal(lambda unsealed, waited: unsealed >= settings.audit_seal_entries)
+    first = world.kmc.sealer.newest("alice")
+    assert first is not None
+    assert world.kmc.sealer.newest("") is None
+    await world.center.audit("alice", "actor", "event", "y")
+    await world.restart()
+    second, platform = world.kmc.sealer.newest("alice"), world.kmc.sealer.newest("")
+    assert second is not None
+    assert second[0] == first[0] + 1
+    assert platform is not None
+
+
+async def test_a_forged_or_foreign_seal_shows(world: World) -> None:
+    alice, bob = await world.enrol(), await world.enrol("bob")
+    await fill(world)
+    operator, key = await world.operator(), alice.reply.kmc_signing_key
+    page = await ask(operator, AuditQuery("alice"))
+    statement = AuditCheckpointStatement("alice", 1, page.entries[-1].sequence, page.entries[-1].digest, 0.0)
+    forged = await signing.sign(statement, signing.LocalSigner(new_key()))
+    theirs = await ask(operator, AuditQuery("bob"))
+    assert bob.reply.kmc_signing_key == key
+    for wrong in (forged, theirs.checkpoints[0], page.checkpoints[0].__class__("cipherfleet/lease/v1", b"{}")):
+        with pytest.raises(AuditBroken):
+            AuditCheck("alice", key).page(msgspec.structs.replace(page, checkpoints=(wrong,)))
+    with pytest.raises(AuditBroken):
+        AuditCheck("alice", key).page(theirs)
+
+
+async def test_everybody_reads_what_is_theirs(world: World) -> None:
+    alice = await world.enrol()
+    await world.enrol("bob")
+    vcm = await start_vcm(world, alice, await alice.plug_in())
+    operator = await world.operator()
+    heads = await operator.call("GET", "/v1/audit/heads", reply=AuditHeads)
+    assert {head.consumer for head in heads.heads} == {"", "alice", "bob"}
+    assert {e.consumer for e in (await ask(operator, AuditQuery())).entries} == {"", "alice", "bob"}
+    assert {e.consumer for e in (await ask(operator, AuditQuery("-"))).entries} == {""}
+    assert (await ask(operator, AuditQuery("nobody"))).entries == ()
+    for caller in (vcm.caller, alice.terminal()):
+        for query in (AuditQuery(), AuditQuery("bob"), AuditQuery("-"), AuditQuery(newest=True)):
+            assert {e.consumer for e in (await ask(caller, query)).entries} == {"alice"}
+        with pytest.raises(NotPermitted):
+            await caller.call("GET", "/v1/audit/heads", reply=AuditHeads)
+
+
+@pytest.mark.parametrize(
+    "query", ["consumer=../x", "after=-1", "after=x", "limit=0", "limit=2001", "since=x", f"key={'k' * 65}", "newest=x"]
+)
+async def test_questions_that_are_none(world: World, query: str) -> None:
+    with pytest.raises(Malformed):
+        await (await world.operator()).call("GET", f"/v1/audit?{query}", reply=AuditLog)
+
+
+async def test_questions_by_number_time_event_and_key(world: World) -> None:
+    operator, start = await world.operator(), time.time()
+    for number in range(6):
+        world.clock.ahead = number * 100
+        await world.center.audit("alice", "actor", f"event-{number % 2}", f"{KEY}/{number}" if number < 3 else f"{KEY[::-1]}/{number}")
+
+    async def numbers(**asked: object) -> list[int]:
+        return [e.sequence for e in (await ask(operator, AuditQuery("alice", **asked))).entries]  # type: ignore[arg-type]
+
+    assert await numbers() == [1, 2, 3, 4, 5, 6]
+    assert await numbers(after=4) == [5, 6]
+    assert await numbers(after=1, limit=2) == [2, 3]
+    assert await numbers(newest=True, limit=2) == [5, 6]
+    assert await numbers(event="event-1") == [2, 4, 6]
+    assert await numbers(key=KEY) == [1, 2, 3]
+    assert await numbers(key=KEY, newest=True, limit=1) == [3]
+    assert await numbers(since=start + 350) == [5, 6]
+
+
+async def test_a_flood_of_refusals_is_counted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "REFUSALS_PER_MINUTE", 3)
     for _ in range(10):
         await world.center.audit_refusal("alice", "mallory", "attempt", "x", "refused")
     await world.center.audit_refusal("alice", "bob", "attempt", "x", "refused")
     assert len(await world.audit_lines("alice")) == 4
+    await world.center.write_suppressed()
+    assert len(await world.audit_lines("alice")) == 4  # the minute is not over
     now = time.monotonic
     monkeypatch.setattr(time, "monotonic", lambda: now() + 61)
+    await world.center.write_suppressed()
+    last = (await ask(await world.operator(), AuditQuery("alice"))).entries[-1]
+    assert (last.actor, last.event, last.outcome, last.count) == ("mallory", "attempt", "refused", 7)
     await world.center.audit_refusal("alice", "mallory", "attempt", "x", "refused")
-    assert len(await world.audit_lines("alice")) == 5
+    assert len(await world.audit_lines("alice")) == 6
 
 
 async def test_long_texts_are_cut(world: World) -> None:
     await world.center.audit("alice", "a" * 1000, "e" * 1000, "s" * 1000, "o" * 1000)
-    (line,) = await entries_of(world, "?consumer=alice", "/v1/audit/verify")
-    assert {len(text) for text in (line.actor, line.event, line.subject, line.outcome)} == {audit.MAX_TEXT}
+    (line,) = (await ask(await world.operator(), AuditQuery("alice"))).entries
+    assert {len(text) for text in (line.actor, line.event, line.subject, line.outcome)} == {MAX_TEXT}
 
 
-async def test_the_newest_lines_are_shown(world: World) -> None:
-    for number in range(5):
-        await world.center.audit("alice", "actor", "event", str(number))
-    newest = await world.database.read(lambda connection: audit.read(connection, "alice", limit=2))
-    assert [entry.subject for entry in newest] == ["3", "4"]
+async def test_uses_are_written_and_remembered_once(world: World) -> None:
+    alice = await world.enrol()
+    vcm = await start_vcm(world, alice, await alice.plug_in())
+    now = world.clock()
+    report = UsageReport(
+        1,
+        (Use("shop", KEY, 2, "encrypt", "ok", 512, now), Use("shop", KEY, 2, "encrypt", "key-disabled", 3, now)),
+        (Use("shop", KEY, 1, "decrypt", "ok", 8, now - 5),),
+    )
+    for _ in range(2):  # the second time it is a repetition
+        await vcm.caller.call("POST", "/v1/usage", report)
+    assert await vcm.caller.call("GET", f"/v1/usage/{KEY}", reply=KeyUsage) == KeyUsage(520, now)
+    assert await vcm.caller.call("GET", f"/v1/usage/{KEY[::-1]}", reply=KeyUsage) == KeyUsage(0, None)
+    entries = (await ask(alice.terminal(), AuditQuery(key=KEY))).entries
+    assert [(e.event, e.subject, e.outcome, e.count) for e in entries] == [
+        ("data-encrypt", f"{KEY}/2", "ok", 512),
+        ("data-encrypt", f"{KEY}/2", "key-disabled", 3),
+    ]
+    assert {e.actor for e in entries} == {f"application/shop via {vcm.id}"}
+    for wrong in (b'{"number":0,"recorded":[]}', b'{"number":2,"recorded":[{"application":"x"}]}'):
+        with pytest.raises(Malformed):
+            await vcm.caller.call("POST", "/v1/usage", msgspec.Raw(wrong))
+    with pytest.raises(NotPermitted):
+        await alice.terminal().call("POST", "/v1/usage", report)
+
+
+async def test_the_terminal_is_told_of_a_new_seal_once(world: World) -> None:
+    alice = await world.enrol()
+    terminal = await alice.plug_in()
+    vcm = await start_vcm(world, alice, terminal)
+    await seal(world)
+
+    async def told() -> AuditCheckpointStatement | None:
+        nonce = time.monotonic_ns().to_bytes(16, "big")
+        await vcm.channel.send(LeaseWanted(vcm.card, nonce))
+        asked = await terminal.next(LeaseRequested)
+        await terminal.send(await alice.lease(vcm, nonce))
+        await vcm.channel.next(LeaseGranted)
+        return None if asked.audit is None else read_audit_checkpoint(asked.audit, "alice", alice.reply.kmc_signing_key)
+
+    first = await told()
+    assert first is not None
+    assert await told() is None
+    await world.center.audit("alice", "actor", "event", "x")
+    await seal(world)
+    second = await told()
+    assert second is not None
+    assert second.sequence > first.sequence

@@ -18,6 +18,7 @@ from cipherfleet.channel import signing
 from cipherfleet.channel.certificates import Credentials, identity_of, key_to_pem, make_request, new_key, public_key_der, split
 from cipherfleet.channel.client import Caller
 from cipherfleet.channel.frames import Frames
+from cipherfleet.contract.audit import PLATFORM, AuditQuery
 from cipherfleet.contract.errors import KmcUnavailable
 from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, KeyState, VersionAttributes, row_digest
 from cipherfleet.contract.identities import Identity, Role
@@ -175,7 +176,7 @@ class World:
         return consumer
 
     async def audit_lines(self, consumer: str) -> list[tuple[str, str]]:
-        lines = await self.database.read(partial(audit.read, consumer=consumer))
+        lines = await self.database.read(partial(audit.read, query=AuditQuery(consumer or PLATFORM)))
         return [(line.event, line.outcome) for line in lines]
 
 

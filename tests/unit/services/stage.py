@@ -21,6 +21,7 @@ from cipherfleet.computing.vcm_key_life import KeyLife
 from cipherfleet.computing.vcm_keys import Keys
 from cipherfleet.computing.vcm_process import KEEPALIVE_TIMEOUT_S, MAX_PER_CERTIFICATE
 from cipherfleet.computing.vcm_transfer import Transfer
+from cipherfleet.contract.audit import AuditEntry, AuditLog, AuditQuery
 from cipherfleet.contract.errors import (
     ApplicationRevoked,
     ApplicationUnknown,
@@ -32,7 +33,7 @@ from cipherfleet.contract.escrow import Seen
 from cipherfleet.contract.grants import Grant, Rates, decide
 from cipherfleet.contract.identities import Identity, Peer, Role
 from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, VcmId
-from cipherfleet.contract.kmc_api import AuditEntry, AuditLog, CardReply
+from cipherfleet.contract.kmc_api import CardReply
 from cipherfleet.contract.messages import Chain
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.settings import Settings
@@ -162,7 +163,7 @@ class StageHost:
     async def endpoints(self) -> Sequence[str]:
         return self.serves_on
 
-    async def audit(self) -> AuditLog:
+    async def audit(self, query: AuditQuery) -> AuditLog:
         return AuditLog((AuditEntry(1, 0.0, self.consumer, "kmc", "enrolled", self.consumer, "done", "00"),))
 
 

@@ -33,7 +33,7 @@
     POST /v1/batch                     BatchAsk -> BatchReply                           each item's own
     POST /v1/digest/{algorithm}?length=N   message -> digest                            digest
     GET  /v1/random?bytes=N            -> 1 to 1048576 bytes                            random
-    GET  /v1/audit                     -> AuditLog                                      show
+    GET  /v1/audit?after=&since=&event=&key=&newest=&limit=   -> AuditLog               show
     GET  /v1/endpoints, algorithms, health, requests/{request}/error                    any
     POST /v1/login                     Signed[LoginStatement] -> LoginReply             (the terminal)
 

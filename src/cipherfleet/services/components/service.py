@@ -5,8 +5,8 @@ from aiohttp import web
 from cipherfleet.channel import codec
 from cipherfleet.channel.server import Call
 from cipherfleet.contract.algorithms import REGISTRY
+from cipherfleet.contract.audit import AuditLog, AuditQuery
 from cipherfleet.contract.errors import ServiceOff
-from cipherfleet.contract.kmc_api import AuditLog
 from cipherfleet.contract.policy import refusal
 from cipherfleet.contract.statements import Right, Signed
 from cipherfleet.contract.vcc import CardDescription, Operation, RandomRequest
@@ -36,7 +36,7 @@ class Service:
         return raw(done.data)
 
     async def audit(self, call: Call) -> AuditLog:
-        return await self._routes.host.audit()
+        return await self._routes.host.audit(AuditQuery.parse(call.request.query))
 
     async def endpoints(self, call: Call) -> EndpointsReply:
         return EndpointsReply(tuple(await self._routes.host.endpoints()))

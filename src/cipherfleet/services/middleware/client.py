@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Self, TypeAlias
 from urllib.parse import quote, urlencode
 
+from cipherfleet.channel.audit_check import AuditCheck, AuditVerdict
 from cipherfleet.contract.algorithms import Algorithm
-from cipherfleet.contract.errors import TooLarge
+from cipherfleet.contract.audit import MAX_PAGE, AuditEntry, AuditLog, AuditQuery
+from cipherfleet.contract.errors import CertificateInvalid, TooLarge
 from cipherfleet.contract.ids import KeyId
 from cipherfleet.contract.key_life import ALIAS_PREFIX, KeyUpdate
 from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
-from cipherfleet.contract.kmc_api import AuditEntry, AuditLog
 from cipherfleet.contract.messages import Done
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.vcm_api import (
@@ -445,9 +446,31 @@ class Client:
         reply = await self._connection.ask("GET", "/v1/algorithms", wire.AlgorithmsReply)
         return reply.policy, reply.refused
 
-    async def audit(self) -> tuple[AuditEntry, ...]:
-        """The consumer's audit log, oldest first."""
-        return (await self._connection.ask("GET", "/v1/audit", AuditLog)).entries
+    async def audit(
+        self, *, after: int = 0, since: float = 0.0, event: str = "", key: str = "", newest: bool = False, limit: int = MAX_PAGE
+    ) -> tuple[AuditEntry, ...]:
+        """Entries of the consumer's audit log, oldest first, at most ``limit`` (up to 2,000): ask on with ``after``, the last one's number.
+
+        ``since``: unix seconds. ``newest``: the last ones that fit, not the first.
+        """
+        return (await self.audit_page(AuditQuery("", after, since, event, key, newest, limit))).entries
+
+    async def audit_page(self, query: AuditQuery) -> AuditLog:
+        """A page as the VCM hands it on; without filters with the checkpoints."""
+        return await self._connection.ask("GET", query.path, AuditLog)
+
+    async def verify_audit(self) -> AuditVerdict:
+        """Check the consumer's whole audit log here, by the signing key that the Ukey put into the profile.
+
+        Raises ``AuditBroken``, or ``CertificateInvalid`` for a profile without that key.
+        """
+        if not self.profile.kmc_signing_key:
+            raise CertificateInvalid("the profile names no signing key of the KMC", "sign the application in again: cipherfleet app add")
+        check = AuditCheck(self.profile.consumer, self.profile.kmc_signing_key)
+        query: AuditQuery | None = AuditQuery()
+        while query is not None:
+            query = check.page(await self.audit_page(query))
+        return check.end()
 
     async def endpoints(self) -> tuple[str, ...]:
         """Where this consumer's VCMs are now; the client uses them from here on."""

@@ -26,6 +26,7 @@ from cipherfleet.channel.certificates import (
 )
 from cipherfleet.channel.frames import Frames
 from cipherfleet.channel.server import Call, Server
+from cipherfleet.contract.audit import AuditEntry, AuditLog
 from cipherfleet.contract.errors import ServiceOff, StateConflict, TokenStale
 from cipherfleet.contract.escrow import (
     EscrowRow,
@@ -44,8 +45,6 @@ from cipherfleet.contract.identities import Identity, Peer, Role
 from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, Serial, VcmId
 from cipherfleet.contract.key_life import terms_of
 from cipherfleet.contract.kmc_api import (
-    AuditEntry,
-    AuditLog,
     CardReady,
     CardReply,
     CardRequest,

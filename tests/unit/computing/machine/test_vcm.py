@@ -10,6 +10,7 @@ import pytest
 from cipherfleet.channel import codec
 from cipherfleet.computing.vcm import Ending
 from cipherfleet.computing.vcm_boot import News
+from cipherfleet.contract.audit import AuditQuery
 from cipherfleet.contract.errors import (
     ApplicationRevoked,
     CertificateInvalid,
@@ -55,7 +56,7 @@ async def test_from_certificate_to_service(tmp_path: Path, kmc: FakeKmc) -> None
         host: VcmHost = vcm.host
         assert (host.id, host.consumer) == (vcm.id, "acme")
         assert list(await host.endpoints()) == [f"https://{vcm.address[0]}:{vcm.address[1]}"]
-        assert (await host.audit()).entries[0].consumer == "acme"
+        assert (await host.audit(AuditQuery())).entries[0].consumer == "acme"
         made = await host.keys.create("AES-256-GCM", label="", actor="a")
         assert (await host.keys.use(made.id)).version == 1
     assert await vcm.task == Ending("", "it was told to")
