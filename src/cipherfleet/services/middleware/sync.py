@@ -160,6 +160,8 @@ class SyncClient:
     algorithms = _Call(Client.algorithms)
     policy = _Call(Client.policy)
     audit = _Call(Client.audit)
+    audit_page = _Call(Client.audit_page)
+    verify_audit = _Call(Client.verify_audit)
     endpoints = _Call(Client.endpoints)
     health = _Call(Client.health)
 
