@@ -30,6 +30,7 @@ PLATFORM_EVENTS: dict[str, str] = {
     "certificate-issued": "a process of the platform, or the operator, got a certificate (the operator's own log)",
     "card-certified": "a card was certified (the operator's own log)",
     "restored": "the KMC's database was restored from a backup",
+    "restore-accepted": "the Ukey accepted a restored escrow: a new epoch began",
     "refused": "many refused attempts of many kinds, counted together",
 }
 
@@ -45,6 +46,7 @@ KEY_EVENTS: dict[str, str] = {
     "key-destroy": "a key, or versions of it, were destroyed",
     "key-trim": "old versions of a key were destroyed",
     "key-uses-reserved": "a VCM reserved uses of a key that has a limit of them",
+    "key-consent": "a first application consented to what needs two",
     "alias-set": "an alias was set",
     "alias-delete": "an alias was deleted",
     "escrow-written": "a VCM wrote rows and gave no event",
