@@ -18,6 +18,7 @@ from cipherfleet import SyncClient
 from cipherfleet.channel import tls
 from cipherfleet.channel.certificates import Credentials
 from cipherfleet.channel.client import Caller
+from cipherfleet.contract.audit import AuditLog
 from cipherfleet.contract.errors import CipherfleetError, ServiceUnavailable
 from cipherfleet.contract.profile import Profile
 from cipherfleet.terminal.callers import KMC, MANAGEMENT
@@ -107,8 +108,15 @@ def test_tokens_and_traces_of_others_are_invisible(shared_cloud: TestCloud, pair
         return found
 
     expected = {url + path: "not-permitted" for (url, _), paths in doors.items() for path in paths}
-    for own in (terminal, credentials(profile, profile.root)):
-        assert asyncio.run(refusals(own)) == expected, own
+    assert asyncio.run(refusals(credentials(profile, profile.root))) == expected
+    of_its_own = {url: code for url, code in expected.items() if "/v1/escrow" not in url and "/v1/audit" not in url}
+    assert asyncio.run(refusals(terminal)) == of_its_own, "a terminal reads its own consumer's escrow and audit log"
+
+    async def asked_for_theirs() -> AuditLog:
+        async with Caller(cloud.kmc_url, KMC.dns_name, terminal, ServiceUnavailable) as caller:
+            return await caller.call("GET", f"/v1/audit?consumer={b.name}", reply=AuditLog)
+
+    assert {entry.consumer for entry in asyncio.run(asked_for_theirs()).entries} == {a.name}
     assert shared_cloud.vcm(theirs).trace, "positive control: there is something to see"
 
 
