@@ -54,7 +54,8 @@ from cipherfleet.contract.kmc_api import (
     StatementsReply,
     StatementsRequest,
 )
-from cipherfleet.contract.statements import CheckpointStatement, Signed
+from cipherfleet.contract.statements import CheckpointStatement, DestructionStatement, Signed
+from cipherfleet.contract.vcm_api import ReceiptReply
 
 T = TypeVar("T")
 
@@ -191,6 +192,23 @@ class Escrow:
         for start in range(0, len(missing), MAX_ROW_NAMES):
             found |= await self._fetch(missing[start : start + MAX_ROW_NAMES], self.refresh)
         return [found[name] for name in names if name in found]
+
+    async def receipt(self, key: KeyId) -> ReceiptReply:
+        """The HSM's word that material of a key was destroyed, checked against the log.
+
+        Raises ``StateConflict`` when none was, ``CheckpointForged`` or ``EscrowRowTampered``.
+        """
+        signed = await self._kmc.call("GET", f"/v1/escrow/receipts/{key}", reply=Signed)
+        try:
+            statement = signing.verify(signed, DestructionStatement, (self._key,))
+        except StatementForged as exc:
+            raise CheckpointForged("the receipt is not signed by the HSM") from exc
+        if (statement.consumer, statement.key) != (self._consumer, key):
+            raise CheckpointForged("the receipt is of another key")
+        for one in statement.material:
+            if self._state is None or self._state.digest(key, one.version) != one.digest:
+                raise EscrowRowTampered(f"the receipt names material that key {key} never had")
+        return ReceiptReply(signed, self._key)
 
     @property
     def swept(self) -> bool:

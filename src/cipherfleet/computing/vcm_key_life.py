@@ -29,7 +29,7 @@ from cipherfleet.contract.key_life import (
     without_alias,
 )
 from cipherfleet.contract.settings import Settings
-from cipherfleet.contract.vcm_api import MAX_KEYS_AT_ONCE, AliasEntry, KeyDescription, KeyQuery
+from cipherfleet.contract.vcm_api import MAX_KEYS_AT_ONCE, AliasEntry, KeyDescription, KeyQuery, ReceiptReply
 
 
 class KeyLife:
@@ -130,6 +130,11 @@ class KeyLife:
 
         event = "key-schedule-deletion"
         return await self._keys.change_by_two(key, decide, actor=actor, action="schedule-deletion", event=event)
+
+    async def receipt(self, key: KeyId) -> ReceiptReply:
+        """Raises ``KeyUnknown``, or ``StateConflict`` when nothing of the key was destroyed."""
+        await self._keys.attributes(key)
+        return await self._escrow.receipt(key)
 
     async def trim(self, key: KeyId, before: int, *, actor: str) -> KeyDescription:
         """Destroy the versions below ``before``. Raises ``Malformed``, ``KeyDeleted`` or ``KeyPendingDeletion``."""

@@ -28,6 +28,7 @@
     vcm        GET    /v1/escrow/rows?after=               -> RowsReply                       all rows, by key and version, in pages
     vcm        POST   /v1/escrow/search                    KeySearch -> KeysFound             a hint: each row is checked by who asks
     vcm        POST   /v1/escrow/statements                StatementsRequest -> StatementsReply
+    vcm        GET    /v1/escrow/receipts/{key}            -> Signed[DestructionStatement]    of material that was destroyed
     terminal   GET    /v1/escrow?after=                    -> LogPage                         for a Ukey that is far behind
     vcm        GET    /v1/audit                            -> AuditLog                        as the operator; own consumer only
     vcm        POST   /v1/usage                            UsageReport -> Done                operations on data, counted
@@ -57,7 +58,7 @@ from cipherfleet.contract.messages import Chain, Message
 from cipherfleet.contract.statements import Purpose, Right, Signed
 
 MAX_ROW_NAMES = 512
-MAX_STATEMENT_NAMES = 512
+MAX_STATEMENT_NAMES = 256
 MAX_KEYS_FOUND = 1000
 
 

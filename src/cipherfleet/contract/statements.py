@@ -10,7 +10,7 @@ from typing import ClassVar
 import msgspec
 
 from cipherfleet.contract.grants import Grant
-from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, UkeyId, VcmId
+from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, UkeyId, VcmId
 from cipherfleet.contract.policy import INTERNATIONAL, Policy
 from cipherfleet.contract.rights import Right as Right
 
@@ -143,6 +143,25 @@ class CheckpointStatement(Statement, frozen=True):
     epoch: int
     sequence: int
     head: bytes
+
+
+class Destroyed(msgspec.Struct, frozen=True):
+    """One version's material: the SHA-256 of the row that held it, as the log has it."""
+
+    version: int
+    digest: bytes
+
+
+class DestructionStatement(Statement, frozen=True):
+    """The HSM's receipt: these versions of a key were erased from the escrow; change ``sequence`` of its log made it so."""
+
+    KIND: ClassVar[str] = "cipherfleet/key-destruction/v1"
+    consumer: ConsumerId
+    key: KeyId
+    epoch: int
+    sequence: int
+    destroyed_at: float  # unix seconds, as the key's attributes say; 0: trimmed
+    material: tuple[Destroyed, ...]
 
 
 class RevokedUkey(msgspec.Struct, frozen=True):

@@ -25,6 +25,7 @@ from cipherfleet.contract.vcm_api import (
     KeyListReply,
     KeyQuery,
     LoginReply,
+    ReceiptReply,
     WrappedImportRequest,
 )
 
@@ -104,6 +105,8 @@ class KeyLife(Protocol):
     async def list_aliases(self) -> Sequence[AliasEntry]: ...
 
     async def schedule_deletion(self, key: KeyId, days: float | None, *, actor: str) -> KeyDescription: ...
+
+    async def receipt(self, key: KeyId) -> ReceiptReply: ...
 
     async def trim(self, key: KeyId, before: int, *, actor: str) -> KeyDescription: ...
 

@@ -12,6 +12,7 @@ from cipherfleet.contract.escrow import Consent
 from cipherfleet.contract.ids import CardId, KeyId, VcmId
 from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.messages import Message
+from cipherfleet.contract.statements import Signed
 
 MAX_KEYS_AT_ONCE = 1000
 """In one page, or in one batch."""
@@ -214,6 +215,13 @@ class EncapsulationReply(Message, frozen=True):
     version: int
     secret: bytes  # 32 bytes
     ciphertext: bytes  # for the holder of the private key
+
+
+class ReceiptReply(Message, frozen=True):
+    """``receipt``: a ``DestructionStatement``; ``signer``: whose signature it is, SubjectPublicKeyInfo DER, as the Ukey has it."""
+
+    receipt: Signed
+    signer: bytes
 
 
 class EndpointsReply(Message, frozen=True):

@@ -11,9 +11,21 @@ from sqlalchemy import Connection, insert, update
 
 from cipherfleet.channel import codec, signing
 from cipherfleet.contract.audit_events import DATA_EVENT, PLATFORM_EVENTS
-from cipherfleet.contract.errors import ForeignConsumer, LimitReached, Malformed, StateConflict, TooLarge
-from cipherfleet.contract.escrow import LogEntry, RowName, Seen, decode_attributes, extend, row_digest, was_destroyed
-from cipherfleet.contract.ids import ApplicationName, ConsumerId
+from cipherfleet.contract.errors import ForeignConsumer, KeyUnknown, LimitReached, Malformed, StateConflict, TooLarge
+from cipherfleet.contract.escrow import (
+    KeyAttributes,
+    KeyState,
+    LogEntry,
+    RowName,
+    Seen,
+    decode_attributes,
+    extend,
+    is_alias,
+    is_destroyed,
+    row_digest,
+    was_destroyed,
+)
+from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId
 from cipherfleet.contract.kmc_api import (
     MAX_ROW_NAMES,
     MAX_STATEMENT_NAMES,
@@ -25,10 +37,10 @@ from cipherfleet.contract.kmc_api import (
     RowsReply,
     StatementsReply,
 )
-from cipherfleet.contract.statements import CheckpointStatement, Signed
+from cipherfleet.contract.statements import CheckpointStatement, Destroyed, DestructionStatement, Signed
 from cipherfleet.kmc import audit, key_index, store
 from cipherfleet.kmc.center import Center
-from cipherfleet.kmc.escrow_reads import read_log, read_rows, read_rows_after, read_statements
+from cipherfleet.kmc.escrow_reads import read_log, read_log_of, read_rows, read_rows_after, read_statements
 from cipherfleet.kmc.escrow_writes import store_rows
 from cipherfleet.kmc.pace import Pace
 from cipherfleet.kmc.schema import consumers, log
@@ -113,6 +125,27 @@ class Escrow:
         if any(row.version == 0 and was_destroyed(row, 1) for row in rows):
             await self._center.database.forget_deleted()
         return receipt
+
+    async def receipt(self, consumer: ConsumerId, key: KeyId) -> Signed:
+        """That material of a key was destroyed, signed by the HSM. Raises ``KeyUnknown``, or ``StateConflict`` when none was."""
+
+        def read(connection: Connection) -> DestructionStatement:
+            entries = read_log_of(connection, consumer, key)
+            (row,) = read_rows(connection, consumer, [RowName(key, 0)]) or (None,)
+            attributes = decode_attributes(row) if row is not None and not is_alias(row) else None
+            if not isinstance(attributes, KeyAttributes):
+                raise KeyUnknown(f"there is no key {key}")
+            versions = {entry: int(entry.subject.rpartition("/")[2]) for entry in entries}
+            gone = [entry for entry, version in versions.items() if version > 0 and is_destroyed(attributes, version)]
+            left = {row.version for row in read_rows(connection, consumer, [RowName(key, versions[entry]) for entry in gone])}
+            material = tuple(Destroyed(versions[entry], entry.digest) for entry in gone if versions[entry] not in left)
+            if not material:
+                raise StateConflict(f"nothing of key {key} was destroyed")
+            made = max(entry.sequence for entry, version in versions.items() if version == 0)
+            at = attributes.delete_at if attributes.state is KeyState.DELETED else 0.0
+            return DestructionStatement(consumer, key, store.get_consumer(connection, consumer).epoch, made, at, material)
+
+        return await signing.sign(await self._center.database.read(read), self._center.signer)
 
     async def since(self, consumer: ConsumerId, sequence: int) -> tuple[Seen, Signed, tuple[LogEntry, ...]]:
         """Where the log stands, the HSM's word on it, and the entries after ``sequence``."""

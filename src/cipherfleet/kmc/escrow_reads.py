@@ -22,6 +22,12 @@ def read_log(connection: Connection, consumer: ConsumerId, after: int, *, limit:
     return tuple(LogEntry(sequence, subject, digest) for sequence, subject, digest in connection.execute(query))
 
 
+def read_log_of(connection: Connection, consumer: ConsumerId, key: KeyId) -> tuple[LogEntry, ...]:
+    """The entries of one key's rows, in order."""
+    query = select(*_LOG).where(log.c.consumer == consumer, log.c.subject.like(f"key/{key}/%")).order_by(log.c.sequence)
+    return tuple(LogEntry(sequence, subject, digest) for sequence, subject, digest in connection.execute(query))
+
+
 def read_rows(connection: Connection, consumer: ConsumerId, names: Iterable[RowName]) -> tuple[EscrowRow, ...]:
     """Those of the named rows that are there, in no order."""
     wanted: defaultdict[int, list[KeyId]] = defaultdict(list)

@@ -110,6 +110,7 @@ class KmcServer:
             ("GET", "/v1/escrow/rows", vcm, self._read_all_rows),
             ("POST", "/v1/escrow/search", vcm, self._search_keys),
             ("POST", "/v1/escrow/statements", vcm, self._read_statements),
+            ("GET", "/v1/escrow/receipts/{key}", vcm, self._destruction_receipt),
             ("GET", "/v1/vcm", vcm, self._vcm),
             ("GET", "/v1/terminal", terminal, self._terminal),
             ("POST", "/v1/applications", terminal, self._sign_application),
@@ -256,6 +257,10 @@ class KmcServer:
         request = await call.body(StatementsRequest)
         await self.service.require_released(call.peer)
         return await self.escrow.statements(call.peer.identity.consumer, request.names)
+
+    async def _destruction_receipt(self, call: Call) -> object:
+        await self.service.require_released(call.peer)
+        return await self.escrow.receipt(call.peer.identity.consumer, call.path("key", KeyId))
 
     async def _write_escrow(self, call: Call) -> object:
         request = await call.body(EscrowWrite, limit=MAX_WRITE_BYTES)

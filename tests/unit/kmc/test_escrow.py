@@ -17,6 +17,7 @@ from cipherfleet.contract.errors import (
     EscrowRowForeign,
     EscrowRowTampered,
     ForeignConsumer,
+    KeyUnknown,
     LimitReached,
     Malformed,
     ServiceOff,
@@ -38,6 +39,7 @@ from cipherfleet.contract.escrow import (
 from cipherfleet.contract.ids import ApplicationName, ConsumerId, MachineId, new_key_id
 from cipherfleet.contract.kmc_api import (
     MAX_ROW_NAMES,
+    MAX_STATEMENT_NAMES,
     CardReady,
     CmkReleased,
     DownloadSignal,
@@ -49,7 +51,7 @@ from cipherfleet.contract.kmc_api import (
     StatementsReply,
     StatementsRequest,
 )
-from cipherfleet.contract.statements import CheckpointStatement, Signed
+from cipherfleet.contract.statements import CheckpointStatement, DestructionStatement, Signed
 from cipherfleet.kmc import applications, escrow, store
 from cipherfleet.kmc.pace import Pace
 from tests.escrow import check_whole
@@ -180,9 +182,24 @@ async def test_destroyed_material_is_erased_and_stays_so(world: World, alice: Te
             await vcm.write(RowWrite(row))
     found = await world.center.database.read(partial(store.get_consumer, name=alice.name))
     assert (found.row_count, found.row_bytes) == (1, len(gone.attributes) + len(gone.wrapped))
+    await receipts(world, vcm, gone, material)
     files = list(world.folder.glob("kmc.sqlite*"))
     assert files
     assert not [file.name for file in files for row in material if row.wrapped in file.read_bytes()]
+
+
+async def receipts(world: World, vcm: TestVcm, gone: EscrowRow, material: list[EscrowRow]) -> None:
+    """The HSM signs what was destroyed, and nothing that was not."""
+    told = await vcm.caller.call("GET", f"/v1/escrow/receipts/{gone.key}", reply=Signed)
+    statement = signing.verify(told, DestructionStatement, (world.center.signer.public_key,))
+    assert (statement.consumer, statement.key) == ("alice", gone.key)
+    assert [(one.version, one.digest) for one in statement.material] == [(row.version, row_digest(row)) for row in material]
+    alive = key_row("alice")
+    await vcm.write(RowWrite(whole_row(alive, KeyState.ENABLED, 1)), RowWrite(alive))
+    with pytest.raises(StateConflict):
+        await vcm.caller.call("GET", f"/v1/escrow/receipts/{alive.key}", reply=Signed)
+    with pytest.raises(KeyUnknown):
+        await vcm.caller.call("GET", f"/v1/escrow/receipts/{new_key_id()}", reply=Signed)
 
 
 async def test_the_largest_write_comes_through(vcm: TestVcm) -> None:
@@ -293,7 +310,7 @@ async def test_the_fullest_pages_fit_the_channel() -> None:
     row = 2 * escrow.MAX_ROW_PART_BYTES * base64 + 160
     assert max(escrow.ROWS_PAGE, MAX_ROW_NAMES) * row < MAX_BODY_BYTES
     assert escrow.LOG_PAGE * 116 < MAX_BODY_BYTES
-    assert applications.MAX_APPLICATIONS * (applications.MAX_STATEMENT_BYTES * base64 + 420) < MAX_BODY_BYTES
+    assert MAX_STATEMENT_NAMES * (applications.MAX_STATEMENT_BYTES * base64 + 420) < MAX_BODY_BYTES
 
 
 async def test_pages(alice: TestConsumer, vcm: TestVcm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ ROUTES = {
     ("GET", "/v1/escrow/rows"): {Role.VCM},
     ("POST", "/v1/escrow/search"): {Role.VCM},
     ("POST", "/v1/escrow/statements"): {Role.VCM},
+    ("GET", "/v1/escrow/receipts/00000000000000000000000000000000"): {Role.VCM},
     ("GET", "/v1/vcm"): {Role.VCM},
     ("GET", "/v1/terminal"): {Role.TERMINAL},
     ("POST", "/v1/applications"): {Role.TERMINAL},

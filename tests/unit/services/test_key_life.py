@@ -2,21 +2,29 @@
 
 import asyncio
 
+import msgspec
 import pytest
 
 from cipherfleet import Client
+from cipherfleet.channel import signing
+from cipherfleet.channel.certificates import new_key
 from cipherfleet.contract.errors import (
     AliasUnknown,
+    CheckpointForged,
     CiphertextForeignKey,
+    EscrowRowTampered,
     KeyDeleted,
     KeyDisabled,
     KeyPendingDeletion,
     LimitReached,
     Malformed,
     RouteUnknown,
+    StateConflict,
     TooLarge,
 )
 from cipherfleet.contract.key_life import DAY_S
+from cipherfleet.contract.statements import DestructionStatement
+from tests.unit.computing.machine.fake_kmc import signed
 from tests.unit.services.stage import Stage
 
 # -- names and tags ----------------------------------------------------------------------------------------------------
@@ -174,3 +182,24 @@ async def test_a_destroyed_key_is_gone_and_its_names_are_free(client: Client) ->
         await client.encrypt("alias/name", b"")
     await client.set_alias("name", other.id)
     assert (await client.describe_key("alias/name")).id == other.id
+
+
+async def test_what_was_destroyed_has_a_receipt(client: Client, stage: Stage) -> None:
+    key = await client.create_key()
+    with pytest.raises(StateConflict):
+        await client.destruction_receipt(key.id)
+    await client.rotate_key(key.id)
+    await client.delete_key(key.id)
+    told = await client.destruction_receipt(key.id)
+    statement = signing.verify(told.receipt, DestructionStatement, (told.signer,))
+    assert (statement.key, [one.version for one in statement.material]) == (key.id, [1, 2])
+    wrong = msgspec.structs.replace(statement, material=(msgspec.structs.replace(statement.material[0], digest=bytes(32)),))
+    other = msgspec.structs.replace(statement, key=(await client.create_key()).id)
+    for forged, error in (
+        (signed(wrong, stage.store.kmc_key), EscrowRowTampered),
+        (signed(other, stage.store.kmc_key), CheckpointForged),
+        (signed(statement, new_key()), CheckpointForged),
+    ):
+        stage.store.forged = forged
+        with pytest.raises(error):
+            await client.destruction_receipt(key.id)

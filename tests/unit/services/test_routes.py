@@ -42,6 +42,7 @@ ROUTES: dict[tuple[str, str], tuple[Right, ...]] = {
     ("POST", "/v1/import/parameters"): (Right.CREATE,),
     ("POST", "/v1/import/wrapped"): (Right.CREATE,),
     ("POST", "/v1/keys/{key}/export"): (Right.MANAGE,),
+    ("GET", "/v1/keys/{key}/receipt"): (Right.SHOW,),
     ("POST", "/v1/keys/{key}/trim"): (Right.MANAGE,),
     ("POST", "/v1/keys/{key}/schedule-deletion"): (Right.MANAGE,),
     ("POST", "/v1/keys/{key}/cancel-deletion"): (Right.MANAGE,),

@@ -18,6 +18,7 @@ from cipherfleet.app.options import In, Json, ProfileFile, read_small
 from cipherfleet.channel import codec
 from cipherfleet.contract.errors import Malformed
 from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
+from cipherfleet.contract.statements import DestructionStatement
 from cipherfleet.contract.vcm_api import KeyDescription
 from cipherfleet.services.middleware.envelope import NewKey
 
@@ -220,6 +221,25 @@ def delete(
         lost = "What it encrypted is lost" if now else "No use from now on, and what it encrypted is lost when it is destroyed"
         typer.confirm(f"Delete {key}? {lost}.", abort=True, err=True)
     show_key(ask(profile, lambda client: client.delete_key(key) if now else client.schedule_key_deletion(key, days=days)), as_json=json)
+
+
+@app.command()
+def receipt(
+    key: KeyArgument,
+    profile: ProfileFile,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the receipt here, JSON.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """The HSM's signed word that a key, or trimmed versions of it, were destroyed."""
+    told = ask(profile, lambda client: client.destruction_receipt(key))
+    if out is not None:
+        out.write_bytes(msgspec.json.format(msgspec.json.encode(told), indent=1))
+    statement = msgspec.json.decode(told.receipt.payload, type=DestructionStatement)
+    if json:
+        output.document({"statement": statement, "receipt": told.receipt, "signer": told.signer})
+        return
+    rows = [(one.version, one.digest.hex()) for one in statement.material]
+    output.table(f"destroyed of {statement.key}, change {statement.sequence} of the escrow", ("version", "SHA-256 of the row"), rows)
 
 
 @app.command("cancel-deletion")

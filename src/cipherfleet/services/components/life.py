@@ -4,7 +4,7 @@ from cipherfleet.channel.server import Call
 from cipherfleet.contract.key_life import KeyUpdate
 from cipherfleet.contract.messages import Done
 from cipherfleet.contract.statements import Right
-from cipherfleet.contract.vcm_api import AliasListReply, AliasRequest, DeletionRequest, KeyDescription, TrimRequest
+from cipherfleet.contract.vcm_api import AliasListReply, AliasRequest, DeletionRequest, KeyDescription, ReceiptReply, TrimRequest
 from cipherfleet.services.components.routes import Routes, actor
 
 
@@ -14,6 +14,7 @@ class Life:
         routes.add("POST", "/v1/keys/{key}/update", (Right.MANAGE,), self.update)
         routes.add("POST", "/v1/keys/{key}/schedule-deletion", (Right.MANAGE,), self.schedule_deletion)
         routes.add("POST", "/v1/keys/{key}/cancel-deletion", (Right.MANAGE,), self.cancel_deletion)
+        routes.add("GET", "/v1/keys/{key}/receipt", (Right.SHOW,), self.receipt)
         routes.add("POST", "/v1/keys/{key}/trim", (Right.MANAGE,), self.trim)
         routes.add("POST", "/v1/keys/{key}/delete", (Right.MANAGE,), self.destroy)
         routes.add("GET", "/v1/aliases", (Right.SHOW,), self.list_aliases)
@@ -30,6 +31,9 @@ class Life:
     async def trim(self, call: Call) -> KeyDescription:
         wanted = await self._routes.body(call).message(TrimRequest)
         return await self._routes.host.key_life.trim(await self._routes.key_id(call), wanted.before, actor=actor(call))
+
+    async def receipt(self, call: Call) -> ReceiptReply:
+        return await self._routes.host.key_life.receipt(await self._routes.key_id(call))
 
     async def destroy(self, call: Call) -> KeyDescription:
         """At once."""

@@ -36,6 +36,7 @@ from cipherfleet.contract.vcm_api import (
     KeyListReply,
     KeysCreateRequest,
     KeysImportRequest,
+    ReceiptReply,
     SecretReply,
     SignatureReply,
     TrimRequest,
@@ -252,6 +253,10 @@ class Client:
     async def trim_key(self, key: str, before: int) -> KeyDescription:
         """Destroy the versions below ``before``: what only they can decrypt or verify is lost. Raises ``Malformed``."""
         return await self._connection.ask("POST", _path(key, "trim"), KeyDescription, body=TrimRequest(before))
+
+    async def destruction_receipt(self, key: str) -> ReceiptReply:
+        """The HSM's signed word that material of a key was destroyed. Raises ``StateConflict`` when none was."""
+        return await self._connection.ask("GET", _path(key, "receipt"), ReceiptReply)
 
     async def cancel_key_deletion(self, key: str) -> KeyDescription:
         """The key is there again, disabled. Raises ``KeyDeleted`` when its time is over."""

@@ -73,6 +73,8 @@ from cipherfleet.contract.messages import CertificateRequest, Chain
 from cipherfleet.contract.statements import (
     ApplicationStatement,
     CheckpointStatement,
+    Destroyed,
+    DestructionStatement,
     LeaseStatement,
     LoginStatement,
     Right,
@@ -114,6 +116,8 @@ class FakeConsumer:
         """What a search finds, instead of what there is."""
         self.unasked: set[tuple[KeyId, int]] = set()
         """Rows that come whether they are asked for or not."""
+        self.forged: Signed | None = None
+        """A receipt that comes instead of a good one."""
         self.sequence = 0
         self.remembered: Seen | None = None
 
@@ -134,6 +138,8 @@ class FakeConsumer:
                 assert isinstance(body, RowsRequest)
                 named = {(name.key, name.version) for name in body.rows} | self.unasked
                 answer = RowsReply(tuple(row for name, row in self.rows.items() if name in named))
+            case "GET", receipt if receipt.startswith("/v1/escrow/receipts/"):
+                answer = self.receipt(KeyId(receipt.rpartition("/")[2]))
             case "GET", "/v1/escrow/rows":
                 answer = self.rows_page(asked)
             case "POST", "/v1/escrow/search":
@@ -156,6 +162,18 @@ class FakeConsumer:
         entries = tuple(self.log[after : after + self.page])
         checkpoint = signed(CheckpointStatement(self.name, EPOCH, len(self.log), self.head()), self.kmc_key)
         return LogPage(entries, checkpoint if after + len(entries) >= len(self.log) else None)
+
+    def receipt(self, key: KeyId) -> Signed:
+        entries = {entry.subject: entry for entry in self.log if entry.subject.startswith(f"key/{key}/")}
+        gone = tuple(
+            Destroyed(int(subject.rpartition("/")[2]), entry.digest)
+            for subject, entry in entries.items()
+            if (key, int(subject.rpartition("/")[2])) not in self.rows
+        )
+        if not gone:
+            raise StateConflict("nothing was destroyed")
+        made = entries[f"key/{key}/0"].sequence
+        return self.forged or signed(DestructionStatement(self.name, key, EPOCH, made, 0.0, gone), self.kmc_key)
 
     def search(self, wanted: KeySearch) -> tuple[KeyId, ...]:
         of_key = {key: decode_attributes(row) for (key, version), row in self.rows.items() if version == 0}
