@@ -81,7 +81,9 @@ def test_limits_are_set_while_a_vcm_serves_and_move_with_it(shared_cloud: TestCl
     assert told == {"operations_s": 20.0, "bytes_s": 0.0, "depth": 256, "keys": 1, "weight": 2.0}
     with consumer.client() as client:
         key = client.create_key("AES-256-GCM")
-        assert refusal(lambda: client.create_key("AES-256-GCM")) == "limit-reached"
+        second = client.create_key("AES-256-GCM")  # the one that was idle makes room
+        for one in (key, second, key):
+            assert client.decrypt(client.encrypt(one.id, b"by turns")) == b"by turns"
         began = time.monotonic()
         for _ in range(12):
             client.encrypt(key.id, b"slowly")
