@@ -14,12 +14,13 @@ import msgspec
 
 from cipherfleet.channel.server import Server
 from cipherfleet.computing.vcm_chores import Chores
+from cipherfleet.computing.vcm_data_audit import DataAudit
 from cipherfleet.computing.vcm_escrow import Escrow, Kmc
 from cipherfleet.computing.vcm_grants import Grants, Logins
 from cipherfleet.computing.vcm_key_life import KeyLife
 from cipherfleet.computing.vcm_keys import Keys
 from cipherfleet.computing.vcm_transfer import Transfer
-from cipherfleet.contract.audit import AuditLog, AuditQuery
+from cipherfleet.contract.audit import AuditLog, AuditQuery, KeyUsage
 from cipherfleet.contract.errors import CardUnavailable, ForeignConsumer, LeaseExpired, NotPermitted, ServiceOff
 from cipherfleet.contract.identities import Peer, Role
 from cipherfleet.contract.ids import CardId, ConsumerId, KeyId, VcmId
@@ -73,6 +74,7 @@ class Vcm:
         self._card = WatchedCard(card, self.end)
         self.escrow = Escrow(consumer, kmc, kmc_signing_key)
         self._keys = Keys(self.escrow, self._card)
+        self.data_audit = DataAudit(kmc, settings)
         self.chores = Chores(self._keys, settings.chores_s)
         self._transfer = Transfer(self._keys, self._card, settings)
         self._key_life = KeyLife(self._keys, self.escrow, settings)
@@ -124,6 +126,15 @@ class Vcm:
     async def authorise_key(self, peer: Peer, right: Right, key: KeyId, context: bytes) -> None:
         self._require_serving()
         await self._grants.authorise_key(peer, right, key, context)
+
+    def note_use(self, peer: Peer, operation: str, key: str, version: int, outcome: str) -> None:
+        self.data_audit.note(peer.identity.id, operation, key, version, outcome)
+
+    async def ask_use(self, peer: Peer, *uses: tuple[str, str, int]) -> None:
+        await self.data_audit.ask(peer.identity.id, *uses)
+
+    async def usage(self, key: KeyId) -> KeyUsage:
+        return await self._kmc.call("GET", f"/v1/usage/{key}", reply=KeyUsage)
 
     async def _label_of(self, key: KeyId) -> str:
         return await self._keys.label_of(key)

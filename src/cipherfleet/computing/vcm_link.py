@@ -204,6 +204,7 @@ class Link:
             await self._channel.send(Serving())
         await self._on_serving()
         self._spawn(self._vcm.chores.run())
+        self._spawn(self._vcm.data_audit.run())
         try:
             await self._vcm.keys.sweep()
         except Tampered as exc:

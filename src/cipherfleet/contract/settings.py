@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+AuditData = Literal["counted", "sampled", "full"]
 LauncherChoice = Literal["auto", "zygote"]
 
 
@@ -41,6 +42,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     import_token_s: Annotated[float, Meta(gt=0, le=604800, description="how long an import token is good, seconds")] = 86400.0
     aliases_per_key: Annotated[int, Meta(ge=0, le=50, description="how many aliases a key may have")] = 50
     tags_per_key: Annotated[int, Meta(ge=0, le=50, description="how many tags a key may have")] = 50
+    audit_data: Annotated[
+        AuditData,
+        Meta(description="operations on data in the audit log: counted (alike ones together), sampled, or full (each, before it is done)"),
+    ] = "counted"
+    audit_sample_rate: Annotated[float, Meta(gt=0, le=1, description="of sampled operations on data: the part that has an entry")] = 0.01
+    audit_flush_s: Annotated[float, Meta(gt=0, le=3600, description="how often a VCM tells what was done with data, seconds")] = 30.0
     audit_seal_entries: Annotated[int, Meta(ge=1, le=100_000, description="entries of an audit log after which the HSM seals it")] = 256
     audit_seal_s: Annotated[float, Meta(gt=0, le=86400, description="how long an audit entry waits for its seal at most, seconds")] = 60.0
     argon2_memory_kib: Annotated[int, Meta(ge=8192, description="memory of the PIN's and passphrase's Argon2id, KiB")] = 65536

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import msgspec
 
-from cipherfleet.contract.audit import AuditLog, AuditQuery
+from cipherfleet.contract.audit import AuditLog, AuditQuery, KeyUsage
 from cipherfleet.contract.escrow import KeyState
 from cipherfleet.contract.identities import Peer
 from cipherfleet.contract.ids import ConsumerId, KeyId, VcmId
@@ -163,6 +163,21 @@ class VcmHost(Protocol):
 
         Raises as ``authorise``, ``GrantExpired``, ``ContextNotGranted`` or ``RateLimited``.
         """
+        ...
+
+    def note_use(self, peer: Peer, operation: str, key: str, version: int, outcome: str) -> None:
+        """An operation on data has ended, for the audit log; ``key`` is empty where there is none, ``outcome`` ok or a code."""
+        ...
+
+    async def ask_use(self, peer: Peer, *uses: tuple[str, str, int]) -> None:
+        """These (operation, key, version) are about to begin. Where each is to be in the audit log it is when this returns.
+
+        Raises ``KmcUnavailable``.
+        """
+        ...
+
+    async def usage(self, key: KeyId) -> KeyUsage:
+        """What is known of a key's use: the KMC's and the VCMs' word. Raises ``KmcUnavailable``."""
         ...
 
     async def login(self, peer: Peer, statement: Signed) -> LoginReply:

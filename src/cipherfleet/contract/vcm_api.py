@@ -67,6 +67,8 @@ class KeyDescription(Message, frozen=True):
     public_key: bytes = b""  # SubjectPublicKeyInfo DER of the current version; of HPKE's hybrid the raw keys, ML-KEM's first
     imported: bool = False  # the current version was not made in a card
     bare: bool = False  # its ciphertexts are bare: no header names key and version
+    last_used_at: float | None = None  # in `show` alone: unix seconds, as VCMs and KMC have told, a little late
+    uses_counted: int | None = None  # likewise
     policy: str = ""  # what the consumer's policy says of new data under it: "NAME: allowed", "NAME: refused by rule ..."
     aliases: tuple[str, ...] = ()
     tags: dict[str, str] = msgspec.field(default_factory=dict)

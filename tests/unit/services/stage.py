@@ -4,7 +4,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
@@ -16,16 +16,18 @@ from cipherfleet.channel.server import Server
 from cipherfleet.computing import engine_wrap
 from cipherfleet.computing.card_function import VirtualFunction
 from cipherfleet.computing.vcm_chores import Chores
+from cipherfleet.computing.vcm_data_audit import DataAudit
 from cipherfleet.computing.vcm_escrow import Escrow
 from cipherfleet.computing.vcm_key_life import KeyLife
 from cipherfleet.computing.vcm_keys import Keys
 from cipherfleet.computing.vcm_process import KEEPALIVE_TIMEOUT_S, MAX_PER_CERTIFICATE
 from cipherfleet.computing.vcm_transfer import Transfer
-from cipherfleet.contract.audit import AuditEntry, AuditLog, AuditQuery
+from cipherfleet.contract.audit import AuditEntry, AuditLog, AuditQuery, KeyUsage, UsageReport
 from cipherfleet.contract.errors import (
     ApplicationRevoked,
     ApplicationUnknown,
     ForeignConsumer,
+    KmcUnavailable,
     LoginRefused,
     NotPermitted,
 )
@@ -34,7 +36,7 @@ from cipherfleet.contract.grants import Grant, Rates, decide
 from cipherfleet.contract.identities import Identity, Peer, Role
 from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, VcmId
 from cipherfleet.contract.kmc_api import CardReply
-from cipherfleet.contract.messages import Chain
+from cipherfleet.contract.messages import Chain, Done
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.settings import Settings
 from cipherfleet.contract.statements import LeaseStatement, Right, SealedShare, Signed
@@ -47,6 +49,7 @@ from tests.unit.computing.machine.fake_kmc import EPOCH, FakeConsumer
 ACME, RIVAL = ConsumerId("acme"), ConsumerId("rival")
 VCM, CARD = VcmId("vcm-0123456789ab"), CardId("card-m1-01234567")
 ALL_RIGHTS = tuple(Right)
+T = TypeVar("T")
 
 
 @cache
@@ -109,6 +112,22 @@ class StageCard:
         return Completion(answer.value, answer.parameters, bytes(answer.data))
 
 
+class Ledger:
+    """The KMC as ``DataAudit`` sees it: ``told`` are the reports, unless it is ``gone``."""
+
+    def __init__(self) -> None:
+        self.told: list[UsageReport] = []
+        self.gone = False
+
+    async def call(self, method: str, path: str, body: object | None = None, *, reply: type[T]) -> T:
+        assert (method, path) == ("POST", "/v1/usage")
+        assert isinstance(body, UsageReport)
+        if self.gone:
+            raise KmcUnavailable("the KMC is gone")
+        self.told.append(codec.decode(codec.encode(body), UsageReport))
+        return codec.decode(codec.encode(Done()), reply)
+
+
 class StageHost:
     """The VCM around the components. ``rights``: what each application may. Its keys are real, over an escrow in memory."""
 
@@ -124,6 +143,9 @@ class StageHost:
         self.grants: dict[str, tuple[Grant, ...]] = {}
         self.rates: dict[str, Rates] = {}
         self.serves_on: list[str] = []
+        self.ledger = Ledger()
+        self.data_audit = DataAudit(self.ledger, Settings())
+        self.used: KeyUsage | None = None
 
     def now(self) -> float:
         return time.time() + self.ahead_s
@@ -154,6 +176,17 @@ class StageHost:
             rates = self.rates.setdefault(peer.identity.id, Rates(lambda: 0.0))
             label = await self.keys.label_of(key)
             decide(grants, right, key, label, context, 0.0, lambda number: rates.take(number, grants[number].rate))
+
+    def note_use(self, peer: Peer, operation: str, key: str, version: int, outcome: str) -> None:
+        self.data_audit.note(peer.identity.id, operation, key, version, outcome)
+
+    async def ask_use(self, peer: Peer, *uses: tuple[str, str, int]) -> None:
+        await self.data_audit.ask(peer.identity.id, *uses)
+
+    async def usage(self, key: KeyId) -> KeyUsage:
+        if self.used is None:
+            raise KmcUnavailable("nobody knows")
+        return self.used
 
     async def login(self, peer: Peer, statement: Signed) -> LoginReply:
         if statement.kind != "right":

@@ -87,8 +87,9 @@ class Batches:
                 ready.append(await self._prepare(call, number, item))
             except CipherfleetError as exc:
                 answers[number] = wire.BatchReplyItem(error=exc.to_reply().error)
+                self._routes.host.note_use(call.peer, item.operation, "", 0, exc.code)
         for part in _parts(ready):
-            await self._run(part, answers)
+            await self._run(call, part, answers)
         return wire.BatchReply(tuple(answer for answer in answers if answer is not None))
 
     async def _prepare(self, call: Call, number: int, item: wire.BatchAskItem) -> _Ready:
@@ -149,15 +150,22 @@ class Batches:
         data = item.data[HEADER_BYTES:]
         return _Ready(number, named if target else source, BatchItem(request, source.handle, len(data)), data)
 
-    async def _run(self, part: list[_Ready], answers: list[wire.BatchReplyItem | None]) -> None:
+    async def _run(self, call: Call, part: list[_Ready], answers: list[wire.BatchReplyItem | None]) -> None:
         request = BatchRequest(tuple(ready.item for ready in part))
         data = b"".join(ready.data for ready in part)
+        await self._routes.host.ask_use(call.peer, *((ready.item.request.verb, *_named(ready)) for ready in part))
         done = await self._routes.host.card.submit(Operation.BATCH, parameters=codec.encode(request), data=data)
         results, at = codec.decode(done.parameters, BatchAnswer).results, 0
         for ready, result in zip(part, results, strict=True):
-            key, version = ("", 0) if ready.use is None else (ready.use.key, ready.use.version)
+            key, version = _named(ready)
+            outcome = "ok" if result.error is None else result.error.code
+            self._routes.host.note_use(call.peer, ready.item.request.verb, key, version, outcome)
             answers[ready.number] = wire.BatchReplyItem(done.data[at : at + result.length], key, version, result.error)
             at += result.length
+
+
+def _named(ready: _Ready) -> tuple[str, int]:
+    return ("", 0) if ready.use is None else (ready.use.key, ready.use.version)
 
 
 def _parts(ready: list[_Ready]) -> Iterator[list[_Ready]]:

@@ -56,7 +56,7 @@ class Ciphers:
     async def _decrypt(self, call: Call, *, expected: str | None, permit: bool = False) -> object:
         body = self._routes.body(call)
         context = self._routes.context(call)
-        header, use = await self._source(body, (call, context) if permit else None, expected=expected)
+        header, use = await self._source(call, body, context, permit=permit, expected=expected)
         length = _opened_length(body.length)
         return await self._routes.cipher(call, body, use, StreamRequest(Verb.DECRYPT, context, header), handle=use.handle, length=length)
 
@@ -66,7 +66,7 @@ class Ciphers:
         context, target_context = self._routes.context(call), self._routes.context(call, wire.TARGET_CONTEXT)
         await self._routes.permit(call, Right.ENCRYPT, await self._routes.key_id(call), target_context)
         target = await self._routes.key_use(call, Use.ENCRYPT, protects=True)
-        header, source = await self._source(body, (call, context))
+        header, source = await self._source(call, body, context, permit=True)
         _opened_length(body.length)  # cut ciphertexts are refused before anything is sent
         request = StreamRequest(Verb.REENCRYPT, context, header, target=target.handle, target_context=target_context)
         return await self._routes.cipher(call, body, target, request, handle=source.handle, length=body.length)
@@ -91,20 +91,21 @@ class Ciphers:
         data = await body.whole(MAX_DATA_BYTES)
         return raw(await run(self._routes.host.card, use.handle, request, data), key_headers(use))
 
-    async def _source(self, body: Body, permit: tuple[Call, bytes] | None, *, expected: str | None = None) -> tuple[bytes, KeyUse]:
-        """The header of the ciphertext in the body, and the key it names, which ``permit`` (request, context) must be granted.
+    async def _source(self, call: Call, body: Body, context: bytes, *, permit: bool, expected: str | None = None) -> tuple[bytes, KeyUse]:
+        """The header of the ciphertext in the body, and the key it names, which must be granted in ``context`` if ``permit``.
 
         Raises ``CiphertextForeignKey`` unless it is ``expected``.
         """
         await body.fill(HEADER_BYTES - 1)
         raw = body.take(HEADER_BYTES)
         header = Header.decode(raw)
-        if permit is not None:
-            await self._routes.permit(permit[0], Right.DECRYPT, KeyId(header.key), permit[1])
+        if permit:
+            await self._routes.permit(call, Right.DECRYPT, KeyId(header.key), context)
         if expected is not None and header.key != await self._routes.named_key(unquote(expected)):
             raise CiphertextForeignKey("the ciphertext was made with another key than the one that was named")
         named = by_number(header.algorithm)
         use = self._routes.check_use(await self._routes.host.keys.use(KeyId(header.key), version=header.version), Use.ENCRYPT)
+        await self._routes.about_to_use(call, use)
         if named.name != use.algorithm:
             raise CiphertextInvalid(f"the ciphertext's header names {named.name}, its key is one of {use.algorithm}")
         return raw, use

@@ -1,11 +1,14 @@
 """Create, import, list, show, rotate, enable, disable and delete keys."""
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import msgspec
 
 from cipherfleet.channel import codec
 from cipherfleet.channel.server import Call
 from cipherfleet.contract.algorithms import Kind, algorithm
-from cipherfleet.contract.errors import Malformed, WrongKeyType
+from cipherfleet.contract.errors import Malformed, ServiceUnavailable, WrongKeyType
 from cipherfleet.contract.escrow import KeyState
 from cipherfleet.contract.key_life import check_label, tag_term
 from cipherfleet.contract.statements import Right
@@ -103,7 +106,12 @@ class Keys:
         return await self._routes.host.keys.list_keys(query)
 
     async def describe(self, call: Call) -> KeyDescription:
-        return await self._routes.host.keys.describe(await self._routes.key_id(call))
+        """With its last use, if the KMC says."""
+        described = await self._routes.host.keys.describe(await self._routes.key_id(call))
+        with suppress(ServiceUnavailable):
+            used = await self._routes.host.usage(described.id)
+            described = msgspec.structs.replace(described, last_used_at=used.last_used_at, uses_counted=used.uses)
+        return described
 
     async def rotate(self, call: Call) -> KeyDescription:
         return await self._routes.host.keys.rotate(await self._routes.key_id(call), actor=actor(call))

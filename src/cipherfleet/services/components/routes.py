@@ -23,6 +23,11 @@ Handler = Callable[[Call], Awaitable[object]]
 
 MAX_REMEMBERED_ERRORS = 1024
 _KEY = web.RequestKey("key", str)
+_USED = web.RequestKey("used", KeyUse)
+_OPERATION = web.RequestKey("operation", str)
+_BROKEN = web.RequestKey("broken", str)
+_ON_DATA = frozenset({Right.ENCRYPT, Right.DECRYPT, Right.SIGN, Right.VERIFY, Right.MAC, Right.DERIVE, Right.DIGEST, Right.RANDOM})
+_KEYLESS = frozenset({"digest", "random"})
 ANY_RIGHT: tuple[Right, ...] = ()
 _NO_STORE = {"Cache-Control": "no-store"}
 _VERBS_OF = {
@@ -55,14 +60,29 @@ class Routes:
         none. ``deferred``: key or context are not known before the handler, which calls ``permit`` itself.
         """
         keyed = "{key}" in path
+        audited = _operation(path) if set(rights) & _ON_DATA else ""
 
         async def serve(call: Call) -> object:
+            outcome = "ok"
+            if audited:
+                call.request[_OPERATION] = audited
             try:
                 await self._authorise(call, rights, keyed=keyed, contextual=contextual, deferred=deferred)
+                if audited in _KEYLESS:
+                    await self.host.ask_use(call.peer, (audited, "", 0))
                 with self.host.keys.hold():
                     return await handler(call)
             except ConnectionError:
+                outcome = "connection-lost"
                 return web.Response(status=499)  # nobody is there to read it
+            except CipherfleetError as exc:
+                outcome = exc.code
+                raise
+            finally:
+                if audited:
+                    used = call.request.get(_USED)
+                    key, version = ("", 0) if used is None else (used.key, used.version)
+                    self.host.note_use(call.peer, audited, key, version, call.request.get(_BROKEN, outcome))
 
         self._server.route(method, path, {Role.APPLICATION}, serve)
 
@@ -74,7 +94,15 @@ class Routes:
 
         Raises ``WrongKeyType`` and what ``KeyStore.use`` raises.
         """
-        return self.check_use(await self.host.keys.use(await self.key_id(call), version=version, protects=protects), *uses)
+        found = self.check_use(await self.host.keys.use(await self.key_id(call), version=version, protects=protects), *uses)
+        await self.about_to_use(call, found)
+        return found
+
+    async def about_to_use(self, call: Call, use: KeyUse) -> None:
+        """For the audit log: with which key the request works. The first time, and in ``full`` mode it is written then."""
+        if _USED not in call.request:
+            call.request[_USED] = use
+            await self.host.ask_use(call.peer, (call.request.get(_OPERATION, ""), use.key, use.version))
 
     async def key_id(self, call: Call) -> KeyId:
         """The key that the path names, by its id or as ``alias/NAME``: one for the whole request.
@@ -122,6 +150,7 @@ class Routes:
         except Exception as exc:
             if not answer.begun:
                 raise
+            call.request[_BROKEN] = exc.code if isinstance(exc, CipherfleetError) else "connection-lost"
             if name is not None and not isinstance(exc, ConnectionError):
                 error = exc if isinstance(exc, CipherfleetError) else Internal("something went wrong on our side")
                 self._errors[(call.peer.serial, name)] = error.to_reply().error
@@ -152,6 +181,11 @@ class Routes:
             else:
                 return
         raise refused
+
+
+def _operation(path: str) -> str:
+    """What the audit log calls it: the last word of its path."""
+    return next(part for part in reversed(path.split("/")) if part and not part.startswith("{"))
 
 
 def key_headers(use: KeyUse) -> dict[str, str]:
