@@ -55,6 +55,7 @@ from cipherfleet.contract.vcc import (
     CardDescription,
     CmkDelivery,
     DataKeyRequest,
+    DeriveKeyRequest,
     ExportRequest,
     ImportKey,
     ImportKeyRequest,
@@ -155,6 +156,7 @@ class VirtualFunction:
             Operation.VERIFY_STATEMENT: self._verify_statement,
             Operation.GENERATE: self._generate,
             Operation.IMPORT: self._import,
+            Operation.DERIVE_KEY: self._derive_key,
             Operation.IMPORT_KEY: self._import_key,
             Operation.IMPORT_WRAPPED: self._import_wrapped,
             Operation.EXPORT: self._export,
@@ -402,6 +404,22 @@ class VirtualFunction:
             wipe(brought.material)
             raise SealedForeign("the key material was sealed for another consumer or algorithm")
         return self._make(row, attributes, chosen, lambda: engine.check_material(chosen, brought.material))
+
+    def _derive_key(self, request: Request) -> Answer | Work:
+        """A key that another one gives, the same each time; nobody sees it."""
+        asked = _parameters(request, DeriveKeyRequest)
+        attributes, chosen = self._wanted(asked.row)
+        source = self._keys.get(asked.source)
+        self._permit(source)
+        if not chosen.secret_key:
+            raise WrongKeyType(f"a key of {chosen.name} cannot be derived", "choose a symmetric algorithm")
+        info = b"cipherfleet derived key v1|" + chosen.name.encode() + b"|" + asked.context
+        stream = open_stream(StreamRequest(Verb.DERIVE, length=chosen.key_bits // 8, salt=asked.salt, context=info), source)
+        try:
+            material = bytearray(stream.run(b""))
+        finally:
+            stream.close()
+        return self._make(asked.row, attributes, chosen, lambda: material)
 
     def _import_key(self, request: Request) -> Work:
         """step one of bringing a key: whoever has the token can import one key, under the id in it."""

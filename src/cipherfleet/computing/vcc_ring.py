@@ -22,6 +22,8 @@ _UNDO = {
     Operation.BEGIN: Operation.ABORT,
     Operation.GENERATE: Operation.UNLOAD,
     Operation.IMPORT: Operation.UNLOAD,
+    Operation.IMPORT_WRAPPED: Operation.UNLOAD,
+    Operation.DERIVE_KEY: Operation.UNLOAD,
     Operation.LOAD: Operation.UNLOAD,
 }
 

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, suppress
+from typing import NamedTuple
 
 import msgspec
 
@@ -56,11 +57,29 @@ from cipherfleet.contract.key_life import (
 from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.policy import INTERNATIONAL, refusal
 from cipherfleet.contract.two_person import SecondPerson
-from cipherfleet.contract.vcc import Completion, ImportRequest, ImportToken, ImportWrappedRequest, Operation, RowRequest, VirtualCryptoCard
+from cipherfleet.contract.vcc import (
+    Completion,
+    DeriveKeyRequest,
+    ImportRequest,
+    ImportToken,
+    ImportWrappedRequest,
+    Operation,
+    RowRequest,
+    VirtualCryptoCard,
+)
 from cipherfleet.contract.vcm import KeyUse
 from cipherfleet.contract.vcm_api import KeyDescription, KeyImportRequest, KeyListReply, KeyQuery
 
-Imported = bytes | tuple[ImportToken, bytes]
+
+class Derivation(NamedTuple):
+    """How a key is derived: the handle of its source, and what it is for."""
+
+    source: int
+    context: bytes
+    salt: bytes
+
+
+Imported = bytes | tuple[ImportToken, bytes] | Derivation
 """What was sealed to the card, or wrapped to the import key of a token."""
 Change = Callable[[KeyAttributes], KeyAttributes | None]
 _EVENTS = {KeyState.ENABLED: "key-enable", KeyState.DISABLED: "key-disable"}
@@ -92,6 +111,13 @@ class Keys:
         """A new key of material that was sealed to this card. Raises as ``create``, ``SealedForeign`` or ``KeyMaterialInvalid``."""
         return await self._create(name, sealed, label, actor, "key-import", bare, NO_TERMS)
 
+    async def derive(
+        self, source: KeyUse, name: str, context: bytes, salt: bytes, *, label: str, actor: str, bare: bool, terms: KeyTerms
+    ) -> KeyDescription:
+        """A new key that ``source`` gives in the card, the same each time. Raises as ``create``."""
+        derivation = Derivation(source.handle, context, salt)
+        return await self._create(name, derivation, label, actor, "key-derive", bare, check_terms(terms))
+
     async def create_many(self, name: str, labels: Sequence[str], *, actor: str, bare: bool = False) -> list[KeyDescription]:
         """A key for each label, all or none. Raises as ``create``."""
         return await self._create_many([KeyImportRequest(name, b"", label, bare) for label in labels], actor, "key-create")
@@ -115,7 +141,7 @@ class Keys:
         return await self.describe(token.key)
 
     async def _create(
-        self, name: str, sealed: bytes | None, label: str, actor: str, event: str, bare: bool, terms: KeyTerms
+        self, name: str, sealed: Imported | None, label: str, actor: str, event: str, bare: bool, terms: KeyTerms
     ) -> KeyDescription:
         self._require_loaded()
         await self._escrow.require()
@@ -436,6 +462,8 @@ class Keys:
         request = RowRequest(key, attributes.current_version, codec.encode(of_version))
         if imported is None:
             return await self._handles.submit(Operation.GENERATE, codec.encode(request))
+        if isinstance(imported, Derivation):
+            return await self._handles.submit(Operation.DERIVE_KEY, codec.encode(DeriveKeyRequest(request, *imported)))
         if isinstance(imported, tuple):
             return await self._handles.submit(Operation.IMPORT_WRAPPED, codec.encode(ImportWrappedRequest(request, *imported)))
         return await self._handles.submit(Operation.IMPORT, codec.encode(ImportRequest(request, imported)))

@@ -37,6 +37,7 @@ PLATFORM_EVENTS: dict[str, str] = {
 KEY_EVENTS: dict[str, str] = {
     "key-create": "a key was made in a card",
     "key-import": "a key was brought by an application",
+    "key-derive": "a key was derived from another one in a card",
     "key-rotate": "a key got a new version",
     "key-enable": "a key was enabled",
     "key-disable": "a key was disabled",

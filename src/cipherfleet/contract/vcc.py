@@ -54,6 +54,7 @@ class Operation(IntEnum):
     IMPORT_KEY = 40  # ImportKeyRequest -> ImportKey: a fresh RSA key to wrap material to, itself sealed in the token
     IMPORT_WRAPPED = 41  # ImportWrappedRequest -> as GENERATE
     EXPORT = 42  # handle, ExportRequest -> data: the key's material, wrapped
+    DERIVE_KEY = 23  # DeriveKeyRequest -> as GENERATE
     BATCH = 22  # BatchRequest, data of all items -> parameters: BatchAnswer; data: the results, one after the other
 
 
@@ -131,6 +132,18 @@ class RowRequest(msgspec.Struct, frozen=True):
     key: KeyId
     version: int
     attributes: bytes
+
+
+class DeriveKeyRequest(msgspec.Struct, frozen=True):
+    """Parameters of DERIVE_KEY: the row's key is HKDF of the key under the handle ``source``, over its algorithm and ``context``.
+
+    The same each time. At most 4 KiB of context and 1 KiB of salt.
+    """
+
+    row: RowRequest
+    source: int
+    context: bytes
+    salt: bytes = b""
 
 
 class ImportRequest(msgspec.Struct, frozen=True):

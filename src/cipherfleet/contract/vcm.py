@@ -52,6 +52,10 @@ class KeyStore(Protocol):
 
     async def import_key(self, algorithm: str, sealed: bytes, *, label: str, actor: str, bare: bool = False) -> KeyDescription: ...
 
+    async def derive(
+        self, source: KeyUse, algorithm: str, context: bytes, salt: bytes, *, label: str, actor: str, bare: bool, terms: KeyTerms
+    ) -> KeyDescription: ...
+
     async def create_many(self, algorithm: str, labels: Sequence[str], *, actor: str, bare: bool = False) -> Sequence[KeyDescription]:
         """All of them, or none."""
         ...

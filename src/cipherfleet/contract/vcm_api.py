@@ -37,6 +37,17 @@ class KeyCreateRequest(Message, frozen=True):
     terms: KeyTerms = NO_TERMS
 
 
+class KeyDeriveRequest(Message, frozen=True):
+    """A new key of a symmetric algorithm that the path's key gives: the same key for the same algorithm, context and salt."""
+
+    algorithm: str
+    context: bytes
+    salt: bytes = b""
+    label: str = ""
+    bare: bool = False
+    terms: KeyTerms = NO_TERMS
+
+
 class ImportTarget(Message, frozen=True):
     """Where key material is to be sealed to: ``chain`` is the card's certificate, PEM, under the root that the profile names."""
 

@@ -8,6 +8,7 @@ import aiohttp
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, mlkem, x25519
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
@@ -175,3 +176,39 @@ async def test_extendable_digests(client: Client) -> None:
     for name, length in (("SHAKE128", 4097), ("SHA-256", 20)):
         with pytest.raises(Malformed):
             await client.digest(name, b"x", length=length)
+
+
+async def test_a_derived_key_is_the_same_each_time(client: Client) -> None:
+    secret = os.urandom(32)
+    source = await client.import_key("HKDF-SHA-256", secret)
+    one, two = [await client.derive_key(source.id, "AES-256-GCM", context=b"shop 7", bare=True) for _ in range(2)]
+    other = await client.derive_key(source.id, "AES-256-GCM", context=b"shop 8", bare=True)
+    assert len({one.id, two.id, other.id}) == 3
+    assert not one.imported
+    sealed = await client.encrypt(one.id, b"data")
+    assert await client.decrypt(sealed, key=two.id) == b"data"
+    with pytest.raises(CiphertextInvalid):
+        await client.decrypt(sealed, key=other.id)
+    expected = HKDF(hashes.SHA256(), 32, b"", b"cipherfleet derived key v1|AES-256-GCM|shop 7").derive(secret)
+    assert AESGCM(expected).decrypt(sealed[:12], sealed[12:], None) == b"data"
+    await client.rotate_key(source.id)
+    again = await client.derive_key(source.id, "AES-256-GCM", context=b"shop 7", bare=True, version=1)
+    assert await client.decrypt(sealed, key=again.id) == b"data"
+    fresh = await client.derive_key(source.id, "AES-256-GCM", context=b"shop 7", bare=True)
+    with pytest.raises(CiphertextInvalid):
+        await client.decrypt(sealed, key=fresh.id)
+
+
+async def test_what_cannot_be_derived(client: Client, stage: Stage) -> None:
+    source = await client.create_key("HKDF-SHA-256")
+    for name in ("ECDSA-P-256", "RSA-2048-PSS", "SHA-256"):
+        with pytest.raises(WrongKeyType):
+            await client.derive_key(source.id, name, context=b"c")
+    with pytest.raises(WrongKeyType):
+        await client.derive_key((await client.create_key()).id, "AES-256-GCM", context=b"c")
+    with pytest.raises(TooLarge):
+        await client.derive_key(source.id, "AES-256-GCM", context=bytes(5000))
+    for rights in ((Right.DERIVE,), (Right.CREATE,)):
+        stage.host.rights["shop"] = rights
+        with pytest.raises(NotPermitted):
+            await client.derive_key(source.id, "AES-256-GCM", context=b"c")

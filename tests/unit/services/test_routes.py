@@ -42,6 +42,7 @@ ROUTES: dict[tuple[str, str], tuple[Right, ...]] = {
     ("POST", "/v1/import/parameters"): (Right.CREATE,),
     ("POST", "/v1/import/wrapped"): (Right.CREATE,),
     ("POST", "/v1/keys/{key}/export"): (Right.MANAGE,),
+    ("POST", "/v1/keys/{key}/derive-key"): (Right.DERIVE, Right.CREATE),
     ("GET", "/v1/keys/{key}/receipt"): (Right.SHOW,),
     ("POST", "/v1/keys/{key}/trim"): (Right.MANAGE,),
     ("POST", "/v1/keys/{key}/schedule-deletion"): (Right.MANAGE,),
@@ -130,7 +131,13 @@ async def test_an_application_that_was_never_signed_in(stage: Stage) -> None:
 @pytest.mark.parametrize(("method", "path"), [r for r in ROUTES if "{key}" in r[1]], ids=" ".join)
 async def test_keys_that_are_not_there(raw: aiohttp.ClientSession, method: str, path: str) -> None:
     bodies = dict.fromkeys(("data-key", "update", "schedule-deletion", "export"), b"{}")
-    bodies |= {"trim": b'{"before": 1}', "agree": b'{"peer": ""}', "derive": b'{"length": 32}', "decapsulate": b'{"ciphertext": ""}'}
+    bodies |= {
+        "trim": b'{"before": 1}',
+        "agree": b'{"peer": ""}',
+        "derive": b'{"length": 32}',
+        "decapsulate": b'{"ciphertext": ""}',
+        "derive-key": b'{"algorithm": "AES-256-GCM", "context": ""}',
+    }
     how: dict[str, Any] = {"data": bodies.get(path.rpartition("/")[2], b"data")} if method == "POST" else {}
     how["headers"] = {"X-Cipherfleet-Signature": "AAAA"}
     assert await call(raw, method, concrete(path, str(new_key_id())), **how) == (404, "key-unknown")

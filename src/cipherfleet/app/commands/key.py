@@ -224,6 +224,21 @@ def delete(
 
 
 @app.command()
+def derive(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="The key to derive from, of HKDF.")],
+    algorithm: Annotated[str, typer.Argument(metavar="ALGORITHM", help="A symmetric one.")],
+    profile: ProfileFile,
+    context: Annotated[str, typer.Option(help="What the new key is for: another context, another key.")],
+    label: Annotated[str, typer.Option(help="A name for people.")] = "",
+    bare: Bare = False,
+    json: Json = False,
+) -> None:
+    """A new key that another one gives in the card, the same for the same context."""
+    told = context.encode()
+    show_key(ask(profile, lambda client: client.derive_key(source, algorithm, context=told, label=label, bare=bare)), as_json=json)
+
+
+@app.command()
 def receipt(
     key: KeyArgument,
     profile: ProfileFile,

@@ -16,6 +16,7 @@
     POST /v1/keys/{key}/export         ExportAsk -> ExportReply                         manage
     POST /v1/keys/{key}/trim           TrimRequest -> KeyDescription                    manage
     POST /v1/keys/{key}/schedule-deletion  DeletionRequest -> KeyDescription            manage
+    POST /v1/keys/{key}/derive-key     KeyDeriveRequest -> KeyDescription               derive and create
     GET  /v1/keys/{key}/receipt        -> ReceiptReply: the HSM's, of what was destroyed  show
     POST /v1/keys/{key}/cancel-deletion, delete (at once)  -> KeyDescription            manage
     GET  /v1/aliases                   -> AliasListReply                                show

@@ -7,7 +7,7 @@ import msgspec
 
 from cipherfleet.channel import codec
 from cipherfleet.channel.server import Call
-from cipherfleet.contract.algorithms import Kind, algorithm
+from cipherfleet.contract.algorithms import Kind, Use, algorithm
 from cipherfleet.contract.errors import Malformed, ServiceUnavailable, WrongKeyType
 from cipherfleet.contract.escrow import KeyState
 from cipherfleet.contract.key_life import check_label, tag_term
@@ -17,6 +17,7 @@ from cipherfleet.contract.vcm_api import (
     MAX_KEYS_AT_ONCE,
     ImportTarget,
     KeyCreateRequest,
+    KeyDeriveRequest,
     KeyDescription,
     KeyImportRequest,
     KeyListReply,
@@ -25,7 +26,7 @@ from cipherfleet.contract.vcm_api import (
     KeysImportRequest,
 )
 from cipherfleet.services import wire
-from cipherfleet.services.components.bodies import whole_number
+from cipherfleet.services.components.bodies import header_version, whole_number
 from cipherfleet.services.components.routes import Routes, actor
 
 MAX_TAGS_ASKED = 16
@@ -36,6 +37,7 @@ class Keys:
     def __init__(self, routes: Routes) -> None:
         self._routes = routes
         routes.add("POST", "/v1/keys", (Right.CREATE,), self.create)
+        routes.add("POST", "/v1/keys/{key}/derive-key", (Right.DERIVE, Right.CREATE), self.derive)
         routes.add("GET", "/v1/keys", (Right.SHOW,), self.list_keys)
         routes.add("POST", "/v1/keys/batch", (Right.CREATE,), self.create_many)
         routes.add("POST", "/v1/import/batch", (Right.CREATE,), self.import_many)
@@ -51,6 +53,21 @@ class Keys:
         request = await self._routes.body(call).message(KeyCreateRequest)
         return await self._routes.host.keys.create(
             _check(request), label=request.label, actor=actor(call), bare=request.bare, terms=request.terms
+        )
+
+    async def derive(self, call: Call) -> KeyDescription:
+        """It is acknowledged after the escrow has it."""
+        request = await self._routes.body(call).message(KeyDeriveRequest)
+        source = await self._routes.key_use(call, Use.DERIVE, version=header_version(call.request), protects=True)
+        return await self._routes.host.keys.derive(
+            source,
+            _check(request),
+            request.context,
+            request.salt,
+            label=request.label,
+            actor=actor(call),
+            bare=request.bare,
+            terms=request.terms,
         )
 
     async def import_target(self, call: Call) -> ImportTarget:
@@ -128,7 +145,7 @@ def _check_count(count: int) -> None:
         raise Malformed(f"a batch has 1 to {MAX_KEYS_AT_ONCE} keys, not {count}")
 
 
-def _check(request: KeyCreateRequest | KeyImportRequest) -> str:
+def _check(request: KeyCreateRequest | KeyImportRequest | KeyDeriveRequest) -> str:
     """The algorithm's name. Raises ``AlgorithmUnknown``, ``WrongKeyType`` or ``Malformed``."""
     chosen = algorithm(request.algorithm)
     if chosen.kind is Kind.DIGEST:

@@ -31,6 +31,7 @@ from cipherfleet.contract.vcm_api import (
     ImportParametersRequest,
     ImportTarget,
     KeyCreateRequest,
+    KeyDeriveRequest,
     KeyDescription,
     KeyImportRequest,
     KeyListReply,
@@ -157,6 +158,22 @@ class Client:
         wanted = [(name, value) for name, value in asked.items() if value]
         query = urlencode(wanted + [("tag", f"{name}={value}") for name, value in (tags or {}).items()])
         return await self._connection.ask("GET", f"/v1/keys?{query}", KeyListReply)
+
+    async def derive_key(
+        self,
+        source: str,
+        algorithm: str,
+        *,
+        context: bytes,
+        salt: bytes = b"",
+        label: str = "",
+        bare: bool = False,
+        version: int | None = None,
+    ) -> KeyDescription:
+        """A new key of a symmetric algorithm that ``source`` (HKDF) gives in the card: the same for the same context and salt."""
+        ask = KeyDeriveRequest(algorithm, context, salt, label, bare)
+        headers = _contexts(b"", version=version)
+        return await self._connection.ask("POST", _path(source, "derive-key"), KeyDescription, body=ask, headers=headers, safe=False)
 
     async def list_keys(
         self, *, limit: int | None = None, label: str = "", state: str = "", algorithm: str = "", tags: Mapping[str, str] | None = None

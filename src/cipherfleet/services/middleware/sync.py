@@ -126,6 +126,7 @@ class SyncClient:
     disable_key = _Call(Client.disable_key)
     delete_key = _Call(Client.delete_key)
     schedule_key_deletion = _Call(Client.schedule_key_deletion)
+    derive_key = _Call(Client.derive_key)
     destruction_receipt = _Call(Client.destruction_receipt)
     cancel_key_deletion = _Call(Client.cancel_key_deletion)
     import_parameters = _Call(Client.import_parameters)
