@@ -23,7 +23,7 @@ from cipherfleet.computing.engine import Key
 from cipherfleet.computing.engine_bare import Single
 from cipherfleet.computing.engine_memory import Data, Pause, no_pause, wipe
 from cipherfleet.computing.engine_message import Decryptor, Encryptor
-from cipherfleet.computing.engine_stream import Stream, open_stream, run_batch
+from cipherfleet.computing.engine_stream import Stream, derived, open_stream, run_batch
 from cipherfleet.contract import policy
 from cipherfleet.contract.algorithms import Algorithm, Kind, algorithm
 from cipherfleet.contract.errors import (
@@ -414,11 +414,7 @@ class VirtualFunction:
         if not chosen.secret_key:
             raise WrongKeyType(f"a key of {chosen.name} cannot be derived", "choose a symmetric algorithm")
         info = b"cipherfleet derived key v1|" + chosen.name.encode() + b"|" + asked.context
-        stream = open_stream(StreamRequest(Verb.DERIVE, length=chosen.key_bits // 8, salt=asked.salt, context=info), source)
-        try:
-            material = bytearray(stream.run(b""))
-        finally:
-            stream.close()
+        material = derived(StreamRequest(Verb.DERIVE, info, length=chosen.key_bits // 8, salt=asked.salt), source)
         return self._make(asked.row, attributes, chosen, lambda: material)
 
     def _import_key(self, request: Request) -> Work:
@@ -581,10 +577,8 @@ class VirtualFunction:
         """Raises ``PolicyRefused`` or ``KeyExpired``."""
         if protect and key.not_after and self._wall_clock() >= key.not_after:
             raise KeyExpired(f"key {key.id} has expired")
-        rules = self._lease.policy
-        if rules is not policy.INTERNATIONAL:
-            age_s = self._wall_clock() - key.created_at
-            policy.check(rules, key.algorithm, protect=protect, bare=key.bare, imported=key.imported, age_s=age_s)
+        age_s = self._wall_clock() - key.created_at
+        policy.check(self._lease.policy, key.algorithm, protect=protect, bare=key.bare, imported=key.imported, age_s=age_s)
 
     def _begin(self, request: Request) -> Answer:
         self._streams.check_room()

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives import hashes
 
 from cipherfleet.computing import engine_keys
 from cipherfleet.computing.engine_keys import PrivateKey
-from cipherfleet.computing.engine_memory import Data, wipe
+from cipherfleet.computing.engine_memory import Data, take, wipe
 from cipherfleet.contract.algorithms import Algorithm, Kind, algorithm
 from cipherfleet.contract.errors import Internal, KeyMaterialInvalid, Malformed, TooLarge, WrongKeyType
 from cipherfleet.contract.escrow import VersionAttributes
@@ -68,7 +68,7 @@ def generate_material(chosen: Algorithm) -> bytearray:
     if chosen.kind is Kind.DIGEST:
         raise WrongKeyType(f"there are no keys of {chosen.name}")
     if chosen.secret_key:
-        return engine_keys.take(secrets.token_bytes(chosen.key_bits // 8))
+        return take(secrets.token_bytes(chosen.key_bits // 8))
     return engine_keys.generate(chosen)
 
 

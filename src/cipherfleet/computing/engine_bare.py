@@ -17,8 +17,8 @@ from cipherfleet.channel.sealing import SUITE
 from cipherfleet.computing import engine_sm2
 from cipherfleet.computing.engine import DIGESTS, Key
 from cipherfleet.computing.engine_aead import NONCE_BYTES, TAG_BYTES, aead_of
-from cipherfleet.computing.engine_keys import Hybrid, take
-from cipherfleet.computing.engine_memory import PART_BYTES, Data, Pause, no_pause, wipe
+from cipherfleet.computing.engine_keys import Hybrid
+from cipherfleet.computing.engine_memory import PART_BYTES, Data, Pause, no_pause, take, wipe
 from cipherfleet.contract.algorithms import Kind
 from cipherfleet.contract.errors import (
     CiphertextInvalid,

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import hpke, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, mldsa, mlkem, rsa, x448, x25519
 
 from cipherfleet.computing import engine_sm2
-from cipherfleet.computing.engine_memory import Data, wipe
+from cipherfleet.computing.engine_memory import Data, take
 from cipherfleet.contract.algorithms import Algorithm
 from cipherfleet.contract.errors import ExponentWeak, Internal, KeyMaterialInvalid, PublicKeyInvalid
 
@@ -74,13 +74,6 @@ _PLAIN: dict[str, tuple[type[Any], Callable[[], Encodable]]] = {
 }
 HYBRID, SM2, RSA = "ML-KEM-768-X25519", "SM2", "RSA"
 MIN_RSA_EXPONENT = 65537
-
-
-def take(secret: bytes) -> bytearray:
-    """A secret that a library handed out, in a buffer that can be wiped; the original is wiped."""
-    taken = bytearray(secret)
-    wipe(secret)
-    return taken
 
 
 def generate(chosen: Algorithm) -> bytearray:

@@ -30,6 +30,13 @@ def wipe(secret: bytes | bytearray) -> None:
         ctypes.memset(id(secret) + _BYTES_HEADER, 0, len(secret))
 
 
+def take(secret: bytes) -> bytearray:
+    """A secret that a library handed out, in a buffer that can be wiped; the original is wiped."""
+    taken = bytearray(secret)
+    wipe(secret)
+    return taken
+
+
 def derive(secret: Data, *, salt: bytes, info: bytes, length: int, hash_: hashes.HashAlgorithm | None = None) -> bytearray:
     """HKDF (RFC 5869), SHA-256 unless told otherwise, into a buffer of ``length`` bytes."""
     result = bytearray(length)

@@ -8,8 +8,7 @@ from cryptography.hazmat.primitives.asymmetric import mlkem
 from cipherfleet.computing import engine_keys
 from cipherfleet.computing.engine import DIGESTS, Key
 from cipherfleet.computing.engine_bare import BlockStream, Single, open_bare
-from cipherfleet.computing.engine_keys import take
-from cipherfleet.computing.engine_memory import Data, Pause, derive, no_pause, wipe
+from cipherfleet.computing.engine_memory import Data, Pause, derive, no_pause, take, wipe
 from cipherfleet.computing.engine_message import Decryptor, Encryptor, Reencryptor, check_context
 from cipherfleet.computing.engine_signature import Digest, Mac, Signature
 from cipherfleet.contract.algorithms import Kind
@@ -138,18 +137,23 @@ def _encapsulation(key: Key, *, encapsulate: bool) -> Single:
     return Single(work)
 
 
-def _derivation(request: StreamRequest, key: Key) -> Single:
-    """HKDF (RFC 5869): ``length`` bytes from the key, salt and context (the info)."""
+def derived(request: StreamRequest, key: Key) -> bytearray:
+    """HKDF (RFC 5869): ``length`` bytes from the key, salt and context (the info). Raises as ``open_stream``."""
+    check_context(request.context)
     key.require(Kind.KEY_DERIVATION)
     _check_derived(request)
     if request.length < 1:
         raise Malformed("a derivation says how many bytes it wants")
-    secret = bytearray(key.secret)
+    return derive(key.secret, salt=request.salt, info=request.context, length=request.length, hash_=DIGESTS[key.algorithm.digest])
+
+
+def _derivation(request: StreamRequest, key: Key) -> Single:
+    secret = derived(request, key)
 
     def work(data: Data) -> bytearray:
         if len(data):
             raise Malformed("a derivation takes no data")
-        return derive(secret, salt=request.salt, info=request.context, length=request.length, hash_=DIGESTS[key.algorithm.digest])
+        return bytearray(secret)
 
     return Single(work, closing=lambda: wipe(secret))
 

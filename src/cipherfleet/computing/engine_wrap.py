@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import mlkem, padding, rsa, x2551
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cipherfleet.channel.sealing import SUITE
-from cipherfleet.computing.engine_memory import derive, wipe
+from cipherfleet.computing.engine_memory import derive, take, wipe
 from cipherfleet.contract.errors import CmkInvalid, EscrowRowForeign, EscrowRowTampered, SealedForeign
 from cipherfleet.contract.escrow import EscrowRow, associated_data
 from cipherfleet.contract.ids import ConsumerId, KeyId
@@ -41,7 +41,7 @@ class TransportKeys:
             share = self.rsa.decrypt(wrapped, OAEP)
         except ValueError as exc:
             raise CmkInvalid("the HSM's share of the CMK does not open in this card") from exc
-        return _take(share)
+        return take(share)
 
     def open_sealed(self, sealed: bytes, info: bytes) -> bytes:
         """Raises ``SealedForeign``."""
@@ -49,12 +49,6 @@ class TransportKeys:
             return SUITE.decrypt(sealed, self._hpke, info)
         except (ValueError, InvalidTag) as exc:
             raise SealedForeign("what was sealed does not open in this card for this VCM") from exc
-
-
-def _take(share: bytes) -> bytearray:
-    taken = bytearray(share)
-    wipe(share)
-    return taken
 
 
 def combine(hsm_share: bytearray, ukey_share: bytearray, consumer: ConsumerId) -> bytearray:

@@ -119,7 +119,7 @@ def check(
     policy: Policy, chosen: Algorithm, *, protect: bool = True, bare: bool = False, imported: bool = False, age_s: float = 0.0
 ) -> None:
     """That the policy permits an operation; ``protect``: it makes something new. Raises ``PolicyRefused``, which names the rule."""
-    if not protect and policy.legacy:
+    if policy is INTERNATIONAL or (not protect and policy.legacy):  # the first refuses nothing: no operation shall pay for that
         return
     refused = refusal(policy, chosen, bare=bare, imported=imported, age_s=age_s if protect else 0.0)
     if refused is not None:

@@ -1,7 +1,6 @@
 """The KMC's routes, as ``contract.kmc_api`` documents them: who may call, for which consumer, and what is audited."""
 
 import logging
-import re
 from functools import partial
 
 import msgspec
@@ -53,7 +52,6 @@ from cipherfleet.kmc.usage import Usage
 log = logging.getLogger(__name__)
 
 MAX_SINCE = 2**31
-_KEY = re.compile(r"[0-9a-f]{32}")
 
 
 class KmcServer:
@@ -342,9 +340,13 @@ def _row_name(text: str) -> RowName | None:
     if not text:
         return None
     key, _, version = text.partition("/")
-    if _KEY.fullmatch(key) is None or not version.isascii() or not version.isdigit() or len(version) > 10:
+    try:
+        named = msgspec.convert(key, KeyId)
+    except msgspec.ValidationError as exc:
+        raise Malformed("a row is named by key and version") from exc
+    if not version.isascii() or not version.isdigit() or len(version) > 10:
         raise Malformed("a row is named by key and version")
-    return RowName(KeyId(key), int(version))
+    return RowName(named, int(version))
 
 
 def _consumer_asked(call: Call) -> str | None:

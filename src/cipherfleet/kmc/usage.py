@@ -6,7 +6,7 @@
 from collections.abc import Iterable
 from functools import partial
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from cipherfleet.contract.audit import DataUse, KeyUsage, UsageReport
@@ -66,10 +66,15 @@ def _count(connection: Connection, consumer: ConsumerId, uses: Iterable[DataUse]
         if use.key and use.outcome == "ok":
             count, last = totals.get(use.key, (0, 0.0))
             totals[use.key] = (count + use.count, max(last, min(use.at, now)))
-    for key, (count, last) in totals.items():
-        before = _find(connection, consumer, KeyId(key)) or KeyUsage(0, 0.0)
-        values = {"consumer": consumer, "key": key, "uses": before.uses + count, "last_used_at": max(before.last_used_at or 0.0, last)}
-        connection.execute(upsert(key_usage).values(values).on_conflict_do_update(index_elements=["consumer", "key"], set_=values))
+    if not totals:
+        return
+    put = upsert(key_usage)
+    more = {
+        "uses": key_usage.c.uses + put.excluded.uses,
+        "last_used_at": func.max(key_usage.c.last_used_at, put.excluded.last_used_at),
+    }
+    values = [{"consumer": consumer, "key": key, "uses": count, "last_used_at": last} for key, (count, last) in totals.items()]
+    connection.execute(put.on_conflict_do_update(index_elements=["consumer", "key"], set_=more), values)
 
 
 def _find(connection: Connection, consumer: ConsumerId, key: KeyId) -> KeyUsage | None:
