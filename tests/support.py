@@ -41,7 +41,7 @@ def boottime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def eventually(check: Callable[[], Any], *, within: float = 10.0, what: str = "") -> Any:
+def eventually(check: Callable[[], Any], *, within: float = 20.0, what: str = "") -> Any:
     """The first true value of ``check``; fails after ``within`` seconds."""
     end = time.monotonic() + within
     while True:

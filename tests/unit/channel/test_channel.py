@@ -258,7 +258,7 @@ async def test_a_body_that_does_not_come_is_given_up(world: World, monkeypatch: 
 
     answered = asyncio.Event()
     context = tls.client_context(world.platform.credentials(M1))
-    async with aiohttp.ClientSession() as session, asyncio.timeout(5):
+    async with aiohttp.ClientSession() as session, asyncio.timeout(20):
         request = session.post(world.url + "/v1/echo", data=stalls(), ssl=context, server_hostname=KMC.dns_name)
         async with request as response:
             assert response.status == 504

@@ -354,7 +354,7 @@ async def test_only_a_vcm_with_its_cmk_gets_rows(world: World, alice: TestConsum
     with pytest.raises(ServiceOff):
         await vcm.write(RowWrite(key_row("alice")))
     await terminal.send(CmkReleased(vcm.id, alice.reply.ciphertext_cmk, SEALED))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not (await world.kmc.service.state(vcm.id)).released:
             await asyncio.sleep(0.01)
     await view_of(vcm)

@@ -65,7 +65,7 @@ async def exchange(path: Path, *raw: bytes, end: bool = False, login: bool = Tru
             writer.write(part)
         if end:
             writer.write_eof()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while head := await reader.read(4):
                 replies.append(json.loads(await reader.readexactly(struct.unpack(">I", head)[0])))
                 if not end and len(replies) == len(raw):
@@ -155,7 +155,7 @@ async def test_who_does_not_go_on_is_cut_off_and_hinders_nobody(path: Path, clie
     assert await hsm_wire.read_message(reader, body_timeout=5)
     writer.write(struct.pack(">I", 100))
     assert await client.mechanisms()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert await reader.read() == b""
     writer.close()
     await writer.wait_closed()

@@ -74,7 +74,7 @@ OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), None)
 MANAGEMENT = Identity(Role.MANAGEMENT, "management")
 MACHINE = MachineId("m1")
 SEALED = b"sealed to the card, not for the KMC"
-SOON_S = 5.0
+SOON_S = 20.0
 
 
 @cache

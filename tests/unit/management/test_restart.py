@@ -38,7 +38,7 @@ class Stop:
         monkeypatch.setattr(Store, "add_trace", stop)
 
     async def kill(self, world: World) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await self.reached.wait()
         await world.kill_management()
         self._patch.undo()

@@ -140,7 +140,7 @@ async def test_a_malformed_frame_ends_the_channel_with_its_error(world: World, r
         name = MANAGEMENT.identity.dns_name
         async with session.ws_connect(world.url + "/v1/terminal", ssl=context, server_hostname=name) as socket:
             await socket.send_bytes(raw)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 heard = [message.data async for message in socket]
     assert len(heard) == 1
     assert b'"malformed"' in heard[0]

@@ -155,7 +155,7 @@ class World:
             await store.close()
         return {"tokens": count, "ports": sum(map(len, ports.values())), "vcms": len(alive)}
 
-    async def clean(self, timeout: float = 5.0) -> None:
+    async def clean(self, timeout: float = 20.0) -> None:
         """Wait until nothing half-made is left anywhere, or fail and say what is."""
         nothing = {"tokens": 0, "ports": 0, "vcms": 0}
         await until(lambda: self._is_clean(nothing), lambda: f"left: {self.left()}", timeout)
@@ -165,7 +165,7 @@ class World:
         return not self.left() and await self.tables() == nothing
 
 
-async def until(true: Callable[[], Awaitable[bool]], what: Callable[[], str] = lambda: "", timeout: float = 5.0) -> None:
+async def until(true: Callable[[], Awaitable[bool]], what: Callable[[], str] = lambda: "", timeout: float = 20.0) -> None:
     """Wait for a fact that another process (here: the platform's ring) brings about."""
     end = time.monotonic() + timeout
     while not await true():

@@ -75,7 +75,7 @@ ACME = ConsumerId("acme")
 PIN = "2468-test"
 SETTINGS = Settings(heartbeat_s=0.2, lease_s=1.0, step_s=2.0, argon2_memory_kib=8192, argon2_iterations=1)
 EPOCH = 1
-PATIENCE_S = 5.0
+PATIENCE_S = 20.0
 
 S = TypeVar("S", bound=Statement)
 F = TypeVar("F")

@@ -295,12 +295,12 @@ async def test_removal_and_return_are_noticed(folder: Path) -> None:
         await asyncio.sleep(0)
         assert not removed.done()
         pocket = folder.rename(folder.with_name("pocket"))
-        await asyncio.wait_for(removed, 0.5)
+        await asyncio.wait_for(removed, 10)
         returned = asyncio.ensure_future(ukey.returned())
         await asyncio.sleep(0)
         assert not returned.done()
         pocket.rename(folder)
-        await asyncio.wait_for(returned, 0.5)
+        await asyncio.wait_for(returned, 10)
 
 
 async def test_a_confirmation_is_checked_with_the_share(made: Made, folder: Path) -> None:

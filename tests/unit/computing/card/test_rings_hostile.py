@@ -43,7 +43,7 @@ async def hostile(server: CardServer) -> AsyncIterator[HostileVcm]:
 
 
 async def until(check: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not check():
             await asyncio.sleep(0.001)
 

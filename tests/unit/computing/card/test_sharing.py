@@ -71,7 +71,7 @@ class Gate:
         return work.run(no_pause)
 
     async def until(self, running: int) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while self.running != running:
                 await asyncio.sleep(0.001)
 
@@ -238,29 +238,41 @@ async def test_weight_makes_no_first_turn_longer(monkeypatch: pytest.MonkeyPatch
 # -- limits --------------------------------------------------------------------------------------------------------------
 
 
-async def fifty(client: RingCard, data: bytes = b"") -> float:
-    began = time.monotonic()
-    await asyncio.gather(*(client.submit(Operation.NULL, data=data) for _ in range(50)))
-    return time.monotonic() - began
+RATE = 5
+"""Requests per second: fifty take nine seconds, whatever else the machine does."""
+
+
+async def fifty(client: RingCard, data: bytes = b"", done: list[float] | None = None) -> None:
+    """Fifty requests at once; ``done`` gets the time of each answer."""
+
+    async def one() -> None:
+        await client.submit(Operation.NULL, data=data)
+        if done is not None:
+            done.append(time.monotonic())
+
+    await asyncio.gather(*(one() for _ in range(50)))
 
 
 @pytest.mark.parametrize(
-    ("limits", "data"), [(VccLimits(operations_s=100), b""), (VccLimits(bytes_s=100_000), bytes(1000))], ids=["operations", "bytes"]
+    ("limits", "data"), [(VccLimits(operations_s=RATE), b""), (VccLimits(bytes_s=1000 * RATE), bytes(1000))], ids=["operations", "bytes"]
 )
 async def test_requests_over_a_rate_wait(threaded: CardServer, limits: VccLimits, data: bytes) -> None:
     client, function = await serving(threaded)
     other, _ = await serving(threaded)
+    done = list[float]()
+    began = time.monotonic()
     threaded.limit(function.vcm, limits)
-    limited = asyncio.create_task(fifty(client, data))
+    limited = asyncio.create_task(fifty(client, data, done))
     await asyncio.sleep(0)
-    assert await fifty(other, data) < 0.4  # the others do not wait
-    before = time.monotonic()
+    await fifty(other, data)  # the others do not wait
     await client.submit(Operation.LEASE_NONCE)  # what the lease hangs on does not wait either
-    assert time.monotonic() - before < 0.2
     assert not limited.done()
-    assert await limited >= (50 - 5 - 1) / 100
+    while len(done) < 4:
+        await asyncio.sleep(0.02)
+    assert len(done) <= 2 + RATE * (time.monotonic() - began)  # what was saved up, and the one that the next pays for
     threaded.limit(function.vcm, VccLimits())
-    assert await fifty(client, data) < 0.4
+    await limited
+    assert done[-1] - began < 50 / RATE
     await client.close()
     await other.close()
 
@@ -441,7 +453,7 @@ async def _closed(vcc: _Vcc) -> bool:
 
 
 async def _until(true: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while not await true():
             await asyncio.sleep(0.001)
 

@@ -190,7 +190,7 @@ async def test_a_child_that_is_never_ready_is_not_left(tmp_path: Path) -> None:
     launcher = Launcher("bubblewrap", command=(sys.executable, "-I", "-c", "import time; time.sleep(60)"))
     with pytest.raises(TimedOut):
         await launcher.start({}, relay=tmp_path / "relay", log_file=tmp_path / "log", descriptors=(), hostname="x", timeout=0.5)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while {p.pid for p in psutil.Process().children(recursive=True)} - before:
             await asyncio.sleep(0.01)
 

