@@ -10,7 +10,7 @@ import typer
 from cipherfleet.app.cli import app
 from cipherfleet.contract import kmc_api, machine_api, management_api
 from cipherfleet.contract.algorithms import REGISTRY
-from cipherfleet.contract.audit_events import KEY_EVENTS, PLATFORM_EVENTS
+from cipherfleet.contract.audit_events import KEY_EVENTS, MANAGEMENT_EVENTS, PLATFORM_EVENTS
 from cipherfleet.contract.errors import CipherfleetError
 from cipherfleet.contract.settings import Settings
 from cipherfleet.services import components
@@ -73,7 +73,7 @@ def algorithms() -> list[str]:
 
 def audit_events() -> list[str]:
     lines = ["## Audit events", "", "| event | what happened |", "|---|---|"]
-    lines.extend(f"| `{name}` | {what} |" for name, what in {**PLATFORM_EVENTS, **KEY_EVENTS}.items())
+    lines.extend(f"| `{name}` | {what} |" for name, what in {**PLATFORM_EVENTS, **MANAGEMENT_EVENTS, **KEY_EVENTS}.items())
     return [
         *lines,
         "",

@@ -9,7 +9,7 @@ empty consumer. The HSM signs points of the chain (``AuditCheckpointStatement``)
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import urlencode
 
 import msgspec
@@ -24,6 +24,8 @@ MAX_TEXT = 200
 """Characters of actor, event, subject and outcome; longer ones are cut."""
 MAX_PAGE = 2000
 """Entries of one answer, so that it stays below the channel's limit whatever stands in them."""
+MAX_EVENTS = 256
+"""Decisions of the management platform in one delivery."""
 PLATFORM = "-"
 """What the operator's own log is called where a consumer is named."""
 
@@ -122,6 +124,29 @@ class UsageReport(Message, frozen=True):
     number: Annotated[int, Meta(ge=1, le=2**53)]
     recorded: Annotated[tuple[DataUse, ...], Meta(max_length=4096)]
     counted: Annotated[tuple[DataUse, ...], Meta(max_length=4096)] = ()
+
+
+Decider = Literal["operator", "consumer", "scheduler", "management"]
+"""On whose behalf the management platform decided; ``management``: by itself."""
+
+
+class ManagementEvent(msgspec.Struct, frozen=True):
+    """What the management platform decided: its word alone. ``consumer`` is empty for what concerns none; ``at``: unix seconds."""
+
+    number: Annotated[int, Meta(ge=1, le=2**53)]
+    at: Annotated[float, Meta(ge=0)]
+    consumer: Annotated[str, Meta(pattern=rf"\A\Z|{SLUG}")]
+    by: Decider
+    event: Annotated[str, Meta(pattern=r"\A[a-z-]{1,64}\Z")]  # one of MANAGEMENT_EVENTS
+    subject: Annotated[str, Meta(max_length=MAX_TEXT, pattern=r"\A[^\x00-\x1f\x7f]*\Z")]
+    outcome: Annotated[str, Meta(pattern=r"\A[a-z0-9-]{1,64}\Z")] = "ok"
+
+
+class ManagementEvents(Message, frozen=True):
+    """Decisions in their order, numbered without a gap. ``outbox`` names the series: another one begins wherever it says."""
+
+    outbox: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+    events: Annotated[tuple[ManagementEvent, ...], Meta(min_length=1, max_length=MAX_EVENTS)]
 
 
 class KeyUsage(Message, frozen=True):

@@ -31,8 +31,24 @@ PLATFORM_EVENTS: dict[str, str] = {
     "card-certified": "a card was certified (the operator's own log)",
     "restored": "the KMC's database was restored from a backup",
     "restore-accepted": "the Ukey accepted a restored escrow: a new epoch began",
+    "management-events-began": "management numbers its events anew: at its first start, or after a restore (the operator's own log)",
     "refused": "many refused attempts of many kinds, counted together",
 }
+
+MANAGEMENT_EVENTS: dict[str, str] = {
+    "vcm-ordered": "a VCM is to be built, for the operator, a Ukey that came (consumer), or in the place of a lost one (scheduler)",
+    "vcm-migration-ordered": "a VCM is to take another one's place",
+    "vcm-failed": "a VCM did not come to life, or was given up; the outcome says why",
+    "vcm-deletion-ordered": "a VCM is to be deleted; the subject says why (operator: by force, without the Ukey)",
+    "vcm-deletion-refused": "a deletion that was ordered is not allowed; the VCM stays",
+    "vcm-deleted": "nothing is left of a VCM but its history",
+    "vcm-limits-set": "the operator limited a VCM, and those that come after it",
+    "domain-allotted": "a consumer got its security domain",
+    "domain-removed": "a consumer's security domain was given up",
+    "machine-registered": "a cipher machine joined, or moved to another address (the operator's own log)",
+    "events-dropped": "the KMC was not there for so long that management dropped some of these events; the subject says how many",
+}
+"""What the management platform decided, and what became of it: its own word, all that it may write."""
 
 KEY_EVENTS: dict[str, str] = {
     "key-create": "a key was made in a card",

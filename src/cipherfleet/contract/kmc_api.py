@@ -18,6 +18,7 @@
     management DELETE /v1/vcms/{vcm}                       -> Done                            revoke all of it; idempotent
     management DELETE /v1/tokens/{token_id}                -> Done                            idempotent
     management GET    /v1/vcms/{vcm}                       -> VcmKmcState
+    management POST   /v1/audit/events                     ManagementEvents -> Done           its decisions, for the log; idempotent
     management POST   /v1/consumers/{consumer}/revoke      -> Done                            service off: revoke everything
     machine    POST   /v1/cards                            CardRequest -> CardReply           certify a freshly started card
     machine    POST   /v1/vcms/{vcm}/certificate           VcmCertificateRequest -> Chain     (flow step e)

@@ -5,7 +5,7 @@ from sqlalchemy import Connection, delete, select, update
 from cipherfleet.contract.identities import Role
 from cipherfleet.contract.recovery import ConsumerPoint
 from cipherfleet.kmc import audit, store
-from cipherfleet.kmc.schema import certificates, consumers, tokens, vcms
+from cipherfleet.kmc.schema import certificates, consumers, management_outbox, tokens, vcms
 
 OPERATOR = "cipherfleet:operator/-/operator"
 VOID = (Role.OPERATOR, Role.KMC, Role.MANAGEMENT, Role.MACHINE, Role.CARD, Role.VCM)
@@ -35,6 +35,7 @@ def void_past(connection: Connection, *, at: float, made_at: float) -> int:
     Ukeys, terminals and applications keep theirs: the keys are not the platform's.
     """
     strip(connection)
+    connection.execute(delete(management_outbox))  # the management platform may be further on, or back as well
     active = (certificates.c.status == "active") & certificates.c.role.in_(VOID)
     ended = connection.execute(update(certificates).where(active).values(status="revoked")).rowcount
     names = ["", *connection.scalars(select(consumers.c.name).order_by(consumers.c.name))]

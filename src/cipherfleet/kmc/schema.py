@@ -181,6 +181,14 @@ audit_checkpoints = Table(
     Column("statement", BLOB, nullable=False),  # Signed[AuditCheckpointStatement], as JSON
 )
 
+management_outbox = Table(
+    "management_outbox",
+    metadata,
+    Column("id", Integer, primary_key=True),  # there is one row: 1
+    Column("outbox", String, nullable=False),
+    Column("number", Integer, nullable=False),  # of the newest event that was written
+)
+
 key_usage = Table(
     "key_usage",
     metadata,

@@ -7,7 +7,7 @@ import msgspec
 
 from cipherfleet.channel.certificates import Credentials
 from cipherfleet.channel.server import Call, Handler, Server
-from cipherfleet.contract.audit import AuditQuery, UsageReport
+from cipherfleet.contract.audit import AuditQuery, ManagementEvents, UsageReport
 from cipherfleet.contract.errors import CipherfleetError, Forbidden, Malformed, Tampered, Unauthorised
 from cipherfleet.contract.escrow import RowName
 from cipherfleet.contract.identities import Role
@@ -44,6 +44,7 @@ from cipherfleet.kmc.enrolment import Enrolment
 from cipherfleet.kmc.epochs import Epochs
 from cipherfleet.kmc.escrow import MAX_WRITE_BYTES, Escrow
 from cipherfleet.kmc.identity import IdentityDesk
+from cipherfleet.kmc.management_events import EventDesk
 from cipherfleet.kmc.service import Service
 from cipherfleet.kmc.sessions import ConsumerSession
 from cipherfleet.kmc.ukeys import Ukeys
@@ -65,6 +66,7 @@ class KmcServer:
         self.service = Service(center, self.escrow, self.sealer)
         self.enrolment = Enrolment(center, self.escrow)
         self.usage = Usage(center)
+        self.events = EventDesk(center)
         self.identity = IdentityDesk(center, self.service)
         self.applications = Applications(center, self.escrow, self.service)
         self.ukeys = Ukeys(center, self.escrow, self.service)
@@ -90,6 +92,7 @@ class KmcServer:
             ("POST", "/v1/ukeys/{consumer}/{ukey}/revoke", operator, self._revoke_one_ukey),
             ("GET", "/v1/audit/heads", operator, self._audit_heads),
             ("GET", "/v1/audit", [Role.OPERATOR, Role.VCM, Role.TERMINAL], self._audit),
+            ("POST", "/v1/audit/events", management, self._report_events),
             ("POST", "/v1/usage", vcm, self._report_usage),
             ("GET", "/v1/usage/{key}", vcm, self._key_usage),
             ("POST", "/v1/identity/challenges", management, self._challenge),
@@ -215,6 +218,10 @@ class KmcServer:
 
     async def _revoke_service(self, call: Call) -> object:
         await self.service.revoke.service(call.path("consumer", ConsumerId), "service-off", actor=call.peer.identity.uri)
+        return Done()
+
+    async def _report_events(self, call: Call) -> object:
+        await self.events.report(await call.body(ManagementEvents), actor=call.peer.identity.uri)
         return Done()
 
     # -- machine and VCM -----------------------------------------------------------------------------------------------

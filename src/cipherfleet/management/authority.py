@@ -1,6 +1,7 @@
 """The KMC as the management platform sees it: identities, tokens and authorisations, never a key."""
 
 from cipherfleet.channel.client import Caller
+from cipherfleet.contract.audit import ManagementEvents
 from cipherfleet.contract.ids import ConsumerId, TokenId, VcmId
 from cipherfleet.contract.kmc_api import Challenge, ChallengeRequest, IdentityReply, VcmAuthorisation, VcmKmcState
 from cipherfleet.contract.statements import Signed
@@ -32,6 +33,10 @@ class Authority:
 
     async def state(self, vcm: VcmId) -> VcmKmcState:
         return await self._caller.call("GET", f"/v1/vcms/{vcm}", reply=VcmKmcState)
+
+    async def report(self, events: ManagementEvents) -> None:
+        """Idempotent: what was decided, for the audit log."""
+        await self._caller.call("POST", "/v1/audit/events", events)
 
     async def close(self) -> None:
         await self._caller.close()

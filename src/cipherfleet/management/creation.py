@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 
+from cipherfleet.contract.audit import Decider
 from cipherfleet.contract.errors import CipherfleetError, MachineUnavailable, PeerError, UkeyAbsent
 from cipherfleet.contract.ids import ConsumerId, MachineId, VcmId, new_vcm_id, token_id_of
 from cipherfleet.contract.kmc_api import IdentityReply, VcmAuthorisation
@@ -13,6 +14,7 @@ from cipherfleet.contract.statements import Purpose, Signed
 from cipherfleet.management.authentication import TerminalChannel
 from cipherfleet.management.inventory import DomainRecord, VcmRecord
 from cipherfleet.management.modules import Modules
+from cipherfleet.management.outbox import Decision
 from cipherfleet.management.scheduler import MachineView, Snapshot, plan
 from cipherfleet.management.steps import Interrupt, StepDriver, StepFailed
 from cipherfleet.management.undo import undo
@@ -23,7 +25,7 @@ TOKEN_BYTES = 32
 
 
 class Creation:
-    """One creation. ``wished``: the only machine to take; ``avoid``: a machine to take last."""
+    """One creation. ``wished``: the only machine to take; ``avoid``: a machine to take last; ``by``: whose will it is."""
 
     def __init__(
         self,
@@ -34,16 +36,17 @@ class Creation:
         wished: MachineId | None = None,
         avoid: MachineId | None = None,
         like: VcmId | None = None,
+        by: Decider,
     ) -> None:
         self._modules, self._consumer, self._interrupt = modules, consumer, interrupt
-        self._wished, self._avoid, self._like = wished, avoid, like
+        self._wished, self._avoid, self._like, self._by = wished, avoid, like, by
         self.vcm: VcmId = new_vcm_id()
 
     async def run(self) -> VcmRecord:
         """The serving VCM. Raises why there is none; then only its history is left (or ``DELETING``, which the ring ends)."""
         modules = self._modules
         domain = await modules.store.domain(self._consumer)
-        await modules.store.add_vcm(self.vcm, self._consumer, like=self._like)
+        await modules.store.add_vcm(self.vcm, self._consumer, by=self._by, like=self._like)
         driver = StepDriver(modules.store, self.vcm, Process.CREATE, modules.settings.step_s, self._interrupt)
         try:
             channel = await self._steps(driver, domain)
@@ -61,7 +64,8 @@ class Creation:
         return record
 
     async def _fail(self, error: CipherfleetError) -> None:
-        await self._modules.store.change_vcm(self.vcm, state=VcmState.FAILED, error=f"{error.code}: {error.message}")
+        failed = Decision("vcm-failed", self._consumer, "management", self.vcm, error.code)
+        await self._modules.store.change_vcm(self.vcm, failed, state=VcmState.FAILED, error=f"{error.code}: {error.message}")
 
     async def _steps(self, driver: StepDriver, domain: DomainRecord) -> TerminalChannel:
         modules, vcm = self._modules, self.vcm

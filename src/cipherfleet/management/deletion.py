@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 
+from cipherfleet.contract.audit import Decider
 from cipherfleet.contract.errors import CipherfleetError, ServiceUnavailable, UkeyAbsent
 from cipherfleet.contract.lifecycle import Actor, Process
 from cipherfleet.contract.machine_api import VcmState
@@ -12,6 +13,7 @@ from cipherfleet.contract.statements import Purpose, Signed
 from cipherfleet.management.authentication import TerminalChannel
 from cipherfleet.management.inventory import Cause, VcmRecord
 from cipherfleet.management.modules import Modules
+from cipherfleet.management.outbox import Decision
 from cipherfleet.management.steps import Interrupt, StepDriver, StepFailed
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,8 @@ class Deletion:
         except StepFailed as failed:
             if not isinstance(failed.error, ServiceUnavailable):
                 # A clear no: the VCM stays. When the KMC was not heard, the deletion may have begun there and goes on.
-                await modules.store.change_vcm(vcm, state=self._record.state, cause=self._record.cause)
+                refused = Decision("vcm-deletion-refused", self._record.consumer, "consumer", vcm, failed.error.code)
+                await modules.store.change_vcm(vcm, refused, state=self._record.state, cause=self._record.cause)
             raise
         await self._dismantle(driver, instance=None)
         off = modules.authentication.expect_service_off(channel, vcm)
@@ -80,7 +83,10 @@ class Deletion:
 
     async def _mark(self) -> None:
         """From here on the VCM goes, whatever happens to this process."""
-        await self._modules.store.change_vcm(self._record.id, state=VcmState.DELETING, cause=self._cause)
+        record, known = self._record, (self._record.state, self._record.cause) == (VcmState.DELETING, self._cause)
+        await self._modules.store.change_vcm(
+            record.id, None if known else deletion_ordered(record, self._cause), state=VcmState.DELETING, cause=self._cause
+        )
 
     async def _identify(self) -> tuple[TerminalChannel, Signed]:
         modules, consumer = self._modules, self._record.consumer
@@ -123,7 +129,13 @@ class Deletion:
 
     async def _finish(self) -> VcmRecord:
         log.info("%s of %s is deleted (%s)", self._record.id, self._record.consumer, self._cause)
-        return await self._modules.store.change_vcm(self._record.id, state=VcmState.DELETED)
+        deleted = Decision("vcm-deleted", self._record.consumer, "management", self._record.id)
+        return await self._modules.store.change_vcm(self._record.id, deleted, state=VcmState.DELETED)
+
+
+def deletion_ordered(record: VcmRecord, cause: Cause) -> Decision:
+    by: dict[Cause, Decider] = {Cause.CONSUMER: "consumer", Cause.OPERATOR: "operator", Cause.REMOVAL: "consumer"}
+    return Decision("vcm-deletion-ordered", record.consumer, by.get(cause, "scheduler"), f"{record.id}: {cause}")
 
 
 async def _nothing() -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from typing import Any
 
+from cipherfleet.contract.audit import Decider
 from cipherfleet.contract.errors import (
     CipherfleetError,
     KmcUnavailable,
@@ -21,9 +22,10 @@ from cipherfleet.contract.machine_api import VcmState
 from cipherfleet.contract.management_api import FlowFailed, LoginPermit, ServiceOn
 from cipherfleet.contract.vcc import VccLimits
 from cipherfleet.management.creation import Creation
-from cipherfleet.management.deletion import Deletion
+from cipherfleet.management.deletion import Deletion, deletion_ordered
 from cipherfleet.management.inventory import BUILDING_STATES, Cause, DomainRecord, VcmRecord
 from cipherfleet.management.modules import Modules
+from cipherfleet.management.outbox import Decision
 from cipherfleet.management.steps import Interrupt, bounded
 from cipherfleet.management.undo import undo
 
@@ -77,7 +79,7 @@ class Lifecycle:
 
         async def work() -> VcmRecord:
             async with self._exclusive(consumer) as running:
-                return await self._create(consumer, running, wished=wished)
+                return await self._create(consumer, running, by="operator", wished=wished)
 
         return await self._own(work())
 
@@ -104,7 +106,7 @@ class Lifecycle:
                 old = await self._modules.store.vcm(vcm)
                 if old.state is not VcmState.SERVING:
                     raise StateConflict(f"{vcm} is {old.state}, only a serving VCM can migrate")
-                new = await self._create(consumer, running, wished=wished, avoid=old.machine, like=vcm)
+                new = await self._create(consumer, running, by="operator", wished=wished, avoid=old.machine, like=vcm)
                 running.vcm = vcm
                 await self._delete(vcm, Cause.CONSUMER, running)
                 return new
@@ -148,7 +150,7 @@ class Lifecycle:
             if adopted:
                 return adopted[0]
             await self._delete_all(((v.id, Cause.SCHEDULER) for v in serving), running)
-            return await self._create(consumer, running)
+            return await self._create(consumer, running, by="consumer" if inserted else "scheduler")
 
     async def withdraw(self, consumer: ConsumerId) -> None:
         """The Ukey is gone: whatever runs is interrupted and undone, every VCM deleted. Raises nothing; the ring retries."""
@@ -175,7 +177,9 @@ class Lifecycle:
                 step = CREATION[done]
                 entry = TraceEntry(Process.CREATE, step.number, step.actor, step.action, vcm.changed_at, 0.0, ManagementUnavailable.code)
                 await self._modules.store.add_trace(vcm.id, entry)
-            await self._modules.store.change_vcm(vcm.id, state=VcmState.FAILED, error="the management platform ended during the creation")
+            failed = Decision("vcm-failed", vcm.consumer, "management", vcm.id, ManagementUnavailable.code)
+            error = "the management platform ended during the creation"
+            await self._modules.store.change_vcm(vcm.id, failed, state=VcmState.FAILED, error=error)
         await self._modules.network.sweep()
         return len(interrupted)
 
@@ -203,11 +207,12 @@ class Lifecycle:
         consumer: ConsumerId,
         running: _Running,
         *,
+        by: Decider,
         wished: MachineId | None = None,
         avoid: MachineId | None = None,
         like: VcmId | None = None,
     ) -> VcmRecord:
-        creation = Creation(self._modules, consumer, running.interrupt, wished=wished, avoid=avoid, like=like)
+        creation = Creation(self._modules, consumer, running.interrupt, by=by, wished=wished, avoid=avoid, like=like)
         running.vcm = creation.vcm
         try:
             record = await creation.run()
@@ -226,6 +231,8 @@ class Lifecycle:
             return record
         if not record.created:
             # It never came to life: its creation is undone, in no other way than when it failed.
+            if cause in (Cause.CONSUMER, Cause.OPERATOR):
+                await store.change_vcm(vcm, deletion_ordered(record, cause))
             record = await undo(self._modules, vcm)
             if record.alive:
                 raise MachineUnavailable(f"{vcm} is not all gone yet", "it is tried again until it is")

@@ -15,6 +15,7 @@ from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.settings import Settings
 from cipherfleet.management.authentication import Authentication
 from cipherfleet.management.authority import Authority
+from cipherfleet.management.delivery import Delivery
 from cipherfleet.management.drivers.local_domain import LocalDomainNetwork
 from cipherfleet.management.drivers.local_process import LocalProcessNetwork
 from cipherfleet.management.drivers.network import NetworkDriver
@@ -83,10 +84,12 @@ async def main(configuration: ManagementConfig, ready: Callable[[object], None],
     )
     lifecycle = Lifecycle(modules)
     ring = Ring(modules, lifecycle)
+    delivery = Delivery(store, authority)
     server = Server(credentials)
     Routes(modules, machines, lifecycle, ring).mount(server)
     try:
         await ring.start()
+        delivery.start()
         bound = await server.start((host, int(port)))
         ready(Ready(f"https://{bound[0]}:{bound[1]}"))
         await stop.wait()
@@ -94,6 +97,7 @@ async def main(configuration: ManagementConfig, ready: Callable[[object], None],
         await ring.stop()
         await lifecycle.close()
         await authentication.close()
+        await delivery.stop()
         await server.stop()
         await authority.close()
         await machines.close()

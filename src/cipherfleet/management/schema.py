@@ -69,6 +69,22 @@ ports = Table(
     UniqueConstraint("vcm"),
 )
 
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("event", Text, nullable=False),  # ManagementEvent, as JSON
+)
+
+outbox_state = Table(
+    "outbox_state",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),  # there is one row: 1
+    Column("outbox", String(32), nullable=False),
+    Column("newest", Integer, nullable=False),
+    Column("dropped", Integer, nullable=False),
+)
+
 trace = Table(
     "trace",
     metadata,

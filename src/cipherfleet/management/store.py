@@ -1,27 +1,38 @@
 """The inventory: machines, security domains, VCMs with their history, tokens, ports and traces."""
 
+import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
+from cipherfleet.contract.audit import Decider, ManagementEvents
 from cipherfleet.contract.errors import ConsumerUnknown, LimitReached, StateConflict, VcmUnknown
 from cipherfleet.contract.ids import ConsumerId, MachineId, TokenId, VcmId
 from cipherfleet.contract.lifecycle import Process, TraceEntry
 from cipherfleet.contract.machine_api import Isolation, VcmState
 from cipherfleet.contract.vcc import VccLimits
+from cipherfleet.management import outbox
 from cipherfleet.management.inventory import FIRST_SLOT, LAST_DOMAIN, LAST_SLOT, DomainRecord, MachineRecord, VcmRecord
+from cipherfleet.management.outbox import Decision
 from cipherfleet.management.schema import FILE, MIGRATIONS, domains, machines, ports, tokens, trace, vcms
 from cipherfleet.state.database import Database
 
+T = TypeVar("T")
+
 
 class Store:
-    """Every method is one transaction; what it wrote is on disk when it returns."""
+    """Every method is one transaction; what it wrote is on disk when it returns, and with it what the audit log is to say of it.
+
+    ``decided`` is set whenever there is something for the audit log.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self.decided = asyncio.Event()
 
     @staticmethod
     def open(folder: Path) -> "Store":
@@ -35,11 +46,14 @@ class Store:
 
     async def put_machine(self, machine: MachineRecord) -> None:
         def work(connection: Connection) -> None:
+            known = connection.execute(select(machines.c.url).where(machines.c.id == machine.id)).scalar_one_or_none()
             changed = connection.execute(update(machines).where(machines.c.id == machine.id).values(url=machine.url))
             if changed.rowcount == 0:
                 connection.execute(insert(machines).values(id=machine.id, url=machine.url))
+            if known != machine.url:
+                outbox.enqueue(connection, Decision("machine-registered", "", "operator", f"{machine.id} at {machine.url}"))
 
-        await self._database.write(work)
+        await self._decide(work)
 
     async def machines(self) -> list[MachineRecord]:
         rows = await self._database.read(lambda c: c.execute(select(machines)).all())
@@ -58,12 +72,14 @@ class Store:
                 if free is None:
                     raise LimitReached(f"all {LAST_DOMAIN} security domains of this cloud are allotted")
                 connection.execute(insert(domains).values(consumer=consumer, index=free, wanted=False, removed=False))
+                outbox.enqueue(connection, Decision("domain-allotted", consumer, "operator", f"domain {free}"))
                 return DomainRecord(consumer, free, wanted=False, removed=False)
             if row.removed:
+                outbox.enqueue(connection, Decision("domain-allotted", consumer, "operator", f"domain {row._mapping['index']}"))
                 connection.execute(update(domains).where(domains.c.consumer == consumer).values(removed=False))
             return DomainRecord(consumer, row._mapping["index"], wanted=row.wanted, removed=False)
 
-        return await self._database.write(work)
+        return await self._decide(work)
 
     async def domain(self, consumer: ConsumerId) -> DomainRecord:
         """Raises ``ConsumerUnknown``."""
@@ -84,12 +100,16 @@ class Store:
             states = set(connection.execute(select(vcms.c.state).where(vcms.c.consumer == consumer)).scalars())
             if states - {VcmState.DELETED}:
                 raise StateConflict(f"{consumer} still has a VCM", "delete it first: cipherfleet vcm delete")
+            there = (domains.c.consumer == consumer) & domains.c.removed.is_(False)
+            index = connection.execute(select(domains.c.index).where(there)).scalar_one_or_none()
+            if index is not None:
+                outbox.enqueue(connection, Decision("domain-removed", consumer, "operator", f"domain {index}"))
             if states:
                 connection.execute(update(domains).where(domains.c.consumer == consumer).values(removed=True, wanted=False))
             else:
                 connection.execute(delete(domains).where(domains.c.consumer == consumer))
 
-        await self._database.write(work)
+        await self._decide(work)
 
     async def set_wanted(self, consumer: ConsumerId, wanted: bool) -> None:
         """Whether the consumer wants service."""
@@ -98,8 +118,8 @@ class Store:
 
     # -- VCMs ----------------------------------------------------------------------------------------------------------
 
-    async def add_vcm(self, vcm: VcmId, consumer: ConsumerId, *, like: VcmId | None = None) -> VcmRecord:
-        """A VCM to be built, with the limits of ``like``, or else those last set for any VCM of its consumer."""
+    async def add_vcm(self, vcm: VcmId, consumer: ConsumerId, *, by: Decider = "management", like: VcmId | None = None) -> VcmRecord:
+        """A VCM to be built ``by`` whose will, with the limits of ``like``, or else those last set for any VCM of its consumer."""
         source = select(domains.c.limits).where(domains.c.consumer == consumer)
         if like is not None:
             source = select(vcms.c.limits).where(vcms.c.id == like)
@@ -109,9 +129,13 @@ class Store:
             limits = _limits(connection.execute(source).scalar_one_or_none())
             record = VcmRecord(vcm, consumer, VcmState.BUILDING, now, now, limits=limits)
             connection.execute(insert(vcms).values(**_columns(record)))
+            ordered = Decision("vcm-ordered", consumer, by, vcm)
+            if like is not None:
+                ordered = Decision("vcm-migration-ordered", consumer, by, f"{vcm} in the place of {like}")
+            outbox.enqueue(connection, ordered)
             return record
 
-        return await self._database.write(work)
+        return await self._decide(work)
 
     async def set_limits(self, vcm: VcmId, limits: VccLimits) -> None:
         """A VCM's limits, and what its consumer's next one begins with. Raises ``VcmUnknown``."""
@@ -123,8 +147,10 @@ class Store:
             text = msgspec.json.encode(limits).decode()
             connection.execute(update(vcms).where(vcms.c.id == vcm).values(limits=text))
             connection.execute(update(domains).where(domains.c.consumer == consumer).values(limits=text))
+            limits_said = ", ".join(f"{name} {value:g}" for name, value in msgspec.structs.asdict(limits).items())
+            outbox.enqueue(connection, Decision("vcm-limits-set", consumer, "operator", f"{vcm}: {limits_said}"))
 
-        await self._database.write(work)
+        await self._decide(work)
 
     async def vcm(self, vcm: VcmId) -> VcmRecord:
         """Raises ``VcmUnknown``."""
@@ -142,8 +168,8 @@ class Store:
             query = query.where(vcms.c.consumer == consumer)
         return [_record(row) for row in await self._database.read(lambda c: c.execute(query).all())]
 
-    async def change_vcm(self, vcm: VcmId, **changes: Any) -> VcmRecord:
-        """Change fields of a ``VcmRecord``. Raises ``VcmUnknown``."""
+    async def change_vcm(self, vcm: VcmId, decision: Decision | None = None, **changes: Any) -> VcmRecord:
+        """Change fields of a ``VcmRecord``, which is ``decision``. Raises ``VcmUnknown``."""
 
         def work(connection: Connection) -> VcmRecord:
             row = connection.execute(select(vcms).where(vcms.c.id == vcm)).one_or_none()
@@ -151,9 +177,11 @@ class Store:
                 raise VcmUnknown(f"there is no VCM {vcm}")
             record = msgspec.structs.replace(_record(row), changed_at=time.time(), **changes)
             connection.execute(update(vcms).where(vcms.c.id == vcm).values(**_columns(record)))
+            if decision is not None:
+                outbox.enqueue(connection, decision)
             return record
 
-        return await self._database.write(work)
+        return await self._decide(work)
 
     async def place_vcm(self, vcm: VcmId, consumer: ConsumerId, machine: MachineId) -> VcmRecord:
         """Creation step 4: the machine, and the lowest free slot of the domain. Raises ``LimitReached``."""
@@ -192,6 +220,20 @@ class Store:
 
     async def count_tokens(self) -> int:
         return await self._database.read(lambda c: c.execute(select(func.count()).select_from(tokens)).scalar_one())
+
+    # -- what the audit log is to say ----------------------------------------------------------------------------------
+
+    async def waiting_events(self) -> ManagementEvents | None:
+        return await self._database.read(outbox.waiting)
+
+    async def delivered_events(self, last: int) -> None:
+        await self._database.write(lambda c: outbox.delivered(c, last))
+
+    async def renew_outbox(self) -> None:
+        await self._database.write(outbox.renew)
+
+    async def _decide(self, work: Callable[[Connection], T]) -> T:
+        return await self._database.write(work, lambda _: self.decided.set())
 
     # -- traces --------------------------------------------------------------------------------------------------------
 

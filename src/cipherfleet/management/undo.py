@@ -8,6 +8,7 @@ from cipherfleet.contract.lifecycle import CREATION, Step
 from cipherfleet.contract.machine_api import VcmState
 from cipherfleet.management.inventory import VcmRecord
 from cipherfleet.management.modules import Modules
+from cipherfleet.management.outbox import Decision
 from cipherfleet.management.steps import bounded
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,9 @@ async def undo(modules: Modules, vcm: VcmId, steps: tuple[Step, ...] = WHOLE_CRE
         except CipherfleetError as exc:
             left.append(step.number)
             log.warning("%s: undoing creation step %d failed, it is tried again: %s", vcm, step.number, exc.code)
-    return await modules.store.change_vcm(vcm, state=VcmState.DELETING if left else VcmState.DELETED)
+    if left:
+        return await modules.store.change_vcm(vcm, state=VcmState.DELETING)
+    return await modules.store.change_vcm(vcm, Decision("vcm-deleted", record.consumer, "management", vcm), state=VcmState.DELETED)
 
 
 async def _undo_step(modules: Modules, record: VcmRecord, number: int, *, clean: bool) -> None:

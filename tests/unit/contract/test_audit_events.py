@@ -4,11 +4,11 @@ import ast
 from pathlib import Path
 
 import cipherfleet
-from cipherfleet.contract.audit_events import KEY_EVENTS, PLATFORM_EVENTS
+from cipherfleet.contract.audit_events import KEY_EVENTS, MANAGEMENT_EVENTS, PLATFORM_EVENTS
 
 SOURCE = Path(cipherfleet.__file__).parent
-ROOMS = ("contract", "kmc", "computing")
-THIRD = {"audit": 2, "audit_refusal": 2, "progress": 2, "_refused": 1, "Line": 2}
+ROOMS = ("contract", "kmc", "computing", "management")
+THIRD = {"audit": 2, "audit_refusal": 2, "progress": 2, "_refused": 1, "Line": 2, "Decision": 0}
 """Calls that name their event by position, and where."""
 
 
@@ -53,9 +53,9 @@ def written() -> set[str]:
 
 
 def test_every_event_is_in_the_list_and_every_one_in_the_list_is_written() -> None:
-    listed = {*PLATFORM_EVENTS, *KEY_EVENTS}
+    listed = {*PLATFORM_EVENTS, *MANAGEMENT_EVENTS, *KEY_EVENTS}
     assert written() == listed, (written() - listed, listed - written())
 
 
-def test_a_vcm_and_the_platform_have_events_of_their_own() -> None:
-    assert not set(PLATFORM_EVENTS) & set(KEY_EVENTS)
+def test_a_vcm_management_and_the_kmc_have_events_of_their_own() -> None:
+    assert len({*PLATFORM_EVENTS, *MANAGEMENT_EVENTS, *KEY_EVENTS}) == sum(map(len, (PLATFORM_EVENTS, MANAGEMENT_EVENTS, KEY_EVENTS)))

@@ -21,6 +21,7 @@ ROUTES = {
     ("POST", "/v1/applications/x/y/revoke"): {Role.OPERATOR},
     ("GET", "/v1/audit"): {Role.OPERATOR, Role.VCM, Role.TERMINAL},
     ("GET", "/v1/audit/heads"): {Role.OPERATOR},
+    ("POST", "/v1/audit/events"): {Role.MANAGEMENT},
     ("POST", "/v1/usage"): {Role.VCM},
     ("GET", f"/v1/usage/{'0' * 32}"): {Role.VCM},
     ("POST", "/v1/identity/challenges"): {Role.MANAGEMENT},

@@ -15,6 +15,7 @@ from cipherfleet.channel.client import Caller
 from cipherfleet.channel.frames import Frames
 from cipherfleet.channel.server import Call, Server
 from cipherfleet.channel.signing import LocalSigner, sign, verify
+from cipherfleet.contract.audit import ManagementEvent, ManagementEvents
 from cipherfleet.contract.errors import (
     ChallengeReplayed,
     ChallengeUnknown,
@@ -134,6 +135,8 @@ class FakeKmc(Peer):
         self.tokens: dict[TokenId, ConsumerId] = {}
         self.vcms: dict[VcmId, VcmAuthorisation] = {}
         self.serving: set[VcmId] = set()
+        self.batches: list[ManagementEvents] = []
+        self.log: list[ManagementEvent] = []
 
     def routes(self, server: Server) -> None:
         self.serve(server, "POST", "/v1/identity/challenges", "challenge", self._challenge)
@@ -142,6 +145,14 @@ class FakeKmc(Peer):
         self.serve(server, "DELETE", "/v1/vcms/{vcm}", "revoke_vcm", self._revoke)
         self.serve(server, "DELETE", "/v1/tokens/{token}", "revoke_token", self._revoke_token)
         self.serve(server, "GET", "/v1/vcms/{vcm}", "state", self._state)
+        self.serve(server, "POST", "/v1/audit/events", "events", self._events)
+
+    async def _events(self, call: Call) -> Done:
+        batch = await call.body(ManagementEvents)
+        self.batches.append(batch)
+        newest = self.log[-1].number if self.log else 0
+        self.log += [event for event in batch.events if event.number > newest]
+        return Done()
 
     async def _challenge(self, call: Call) -> Challenge:
         nonce = secrets.token_bytes(32)
