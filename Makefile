@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 APT := python3-venv bubblewrap nftables iproute2 libseccomp2 openssl
 PEERS := .peers
+WORKERS ?= 2
 
 .PHONY: setup run test core lint bench peers up docs lock clean
 
@@ -32,12 +33,14 @@ lint: setup
 	$(BIN)/lint-imports
 
 core: setup
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not alone"
+	$(BIN)/python -m pytest -q -m "alone and not slow"
 
 test: lint
 	@$(MAKE) -s peers || echo "the peers could not be installed: the test that needs them is skipped" >&2
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage run -m pytest -n $(WORKERS) --dist loadfile -m "not alone"
+	$(BIN)/python -m coverage run -m pytest -m alone
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report
 

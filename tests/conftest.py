@@ -1,14 +1,26 @@
 """Fixtures of all tests that need a running cloud."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from cipherfleet.app import record
 from tests.support import Consumer, TestCloud, cloud_in
 
 _numbers = itertools.count(1)
+
+WORKER, WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _networks_of_this_worker() -> Iterator[None]:
+    """A cloud that is down for a moment keeps its addresses: another worker's new cloud must not come upon them."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(record, "NETWORKS", record.NETWORKS[WORKER::WORKERS])
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from cipherfleet.app.bench.figure8 import OPENSSL_RATIOS, OPERATIONS, SIZES
 from cipherfleet.app.bench.peers import SYSTEM
 from tests.support import command
 
+pytestmark = pytest.mark.alone
+
 PEERS = Path(__file__).parents[2] / ".peers" / "bin" / "python"
 
 

@@ -177,9 +177,10 @@ def test_a_domain_goes_with_its_last_vcm(domains: tuple[TestCloud, Consumer, Con
     cloud, acme, _ = domains
     third = cloud.enrol("initech")
     vcm = third.plug_in()["vcm"]
-    namespaces = {p.name for p in Path("/run/netns").iterdir()}
+    ours = f"cf{cloud.cloud.record.network}d*"
+    namespaces = {p.name for p in Path("/run/netns").glob(ours)}
     assert command("vcm", "delete", vcm, "--state", cloud.cloud.state, "--json").status == 0
-    gone = namespaces - {p.name for p in Path("/run/netns").iterdir()}
+    gone = namespaces - {p.name for p in Path("/run/netns").glob(ours)}
     assert len(gone) >= 2, gone
     assert acme.service == "on"
 

@@ -16,6 +16,7 @@ from cipherfleet.contract.settings import Settings
 FILE = "cloud.json"
 STATE_VERSION = 1
 PORT = 7443
+NETWORKS = range(16, 255)
 
 
 class CloudRecord(msgspec.Struct, frozen=True):
@@ -53,9 +54,7 @@ def read_record_of(state: Path) -> CloudRecord:
 
 def free_network() -> int:
     """A network number none of whose platform addresses is in use."""
-    numbers = list(range(16, 255))
-    random.SystemRandom().shuffle(numbers)
-    for number in numbers:
+    for number in random.SystemRandom().sample(NETWORKS, len(NETWORKS)):
         with socket.socket() as probe, suppress(OSError):
             probe.bind((str(ipaddress.IPv4Address(f"127.{number}.0.1")), PORT))
             return number
