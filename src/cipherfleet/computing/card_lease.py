@@ -34,6 +34,7 @@ class Lease:
         self._clock = clock
         self._outstanding: OrderedDict[bytes, float] = OrderedDict()
         self._newest = float("-inf")
+        self._policy_point = (0, 0)  # stays, whatever is forgotten
         self.expires_at: float | None = None
         self.policy = INTERNATIONAL
         """What the lease in force permits."""
@@ -72,7 +73,11 @@ class Lease:
             raise LeaseExpired("the lease before this one has ended, and the keys with it")
         if now >= expires_at:
             raise LeaseStale("the lease arrived after its end")
+        policy_point = statement.policy_epoch, statement.policy_sequence
+        if policy_point < self._policy_point:
+            raise LeaseStale("the lease carries an older policy than the one before", "plug in the Ukey that set the policy last")
         del self._outstanding[statement.nonce]
+        self._policy_point = policy_point
         self._newest, self.expires_at = made_at, expires_at
         if statement.policy != self.policy:
             self.policy = statement.policy

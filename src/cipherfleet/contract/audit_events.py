@@ -8,6 +8,7 @@ PLATFORM_EVENTS: dict[str, str] = {
     "enrolment-removed": "an enrolment that was not finished was taken back",
     "ukey-revoked": "a Ukey was revoked for good, by the operator or by another Ukey of the consumer",
     "ukey-added": "the Ukey signed a spare one in",
+    "policy-set": "a Ukey of the consumer set the policy; the subject is its name and the statement's number",
     "terminal-joined": "a Ukey was plugged in: its terminal connected",
     "terminal-channel": "a terminal's channel was refused",
     "identity-verified": "the Ukey proved the consumer's identity, for a creation or a deletion (or an attempt was refused)",

@@ -19,8 +19,8 @@ from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.statements import Signed
 
 FIRST_EPOCH = 1
-APPLICATION, UKEY, EPOCH = "application/", "ukey/", "epoch/"
-NUMBERED = (APPLICATION, UKEY, EPOCH)
+APPLICATION, UKEY, EPOCH, POLICY = "application/", "ukey/", "epoch/", "policy/"
+NUMBERED = (APPLICATION, UKEY, EPOCH, POLICY)
 """What the consumer's Ukeys sign about these has numbers of one series."""
 
 
@@ -168,6 +168,11 @@ def ukey_subject(ukey: UkeyId, sequence: int) -> str:
 def epoch_subject(epoch: int, sequence: int) -> str:
     """The log's name for an ``EpochStatement``; ``sequence`` is the statement's own."""
     return f"{EPOCH}{epoch}@{sequence}"
+
+
+def policy_subject(name: str, sequence: int) -> str:
+    """The log's name for a ``PolicyStatement``; ``sequence`` is the statement's own."""
+    return f"{POLICY}{name}@{sequence}"
 
 
 def epoch_of(subject: str) -> int:

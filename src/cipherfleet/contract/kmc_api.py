@@ -40,6 +40,7 @@
     terminal   POST   /v1/applications                     ApplicationRequest -> ApplicationReply
     terminal   GET    /v1/ukeys/statements                 -> UkeyStatements                  who may sign for the consumer, and since when
     terminal   POST   /v1/ukeys                            UkeyRequest -> UkeyReply           a spare Ukey comes in, or one goes
+    terminal   POST   /v1/policies                         PolicyRequest -> PolicyReply       what the consumer permits itself
     terminal   POST   /v1/epochs                           EpochRequest -> LogPage            a restore is accepted; service ends
     terminal   GET    /v1/epochs                           -> EpochStatements
     operator   GET    /v1/ukeys?consumer=                  -> UkeyList
@@ -389,10 +390,14 @@ class UkeyList(Message, frozen=True):
 
 
 class UkeyStatements(Message, frozen=True):
-    """All ``UkeyStatement`` of the consumer, oldest first; ``newest`` is the last number of a statement that the KMC knows of."""
+    """All ``UkeyStatement`` of the consumer, oldest first; ``newest`` is the last number of a statement that the KMC knows of.
+
+    ``policy``: the newest ``PolicyStatement``, if there ever was one.
+    """
 
     statements: tuple[Signed, ...]
     newest: int
+    policy: Signed | None = None
 
 
 class UkeyRequest(Message, frozen=True):
@@ -409,6 +414,20 @@ class UkeyReply(Message, frozen=True):
 
     identity: Chain
     channel: Chain
+    checkpoint: Signed
+    log: tuple[LogEntry, ...]
+
+
+class PolicyRequest(Message, frozen=True):
+    """A Ukey-signed ``PolicyStatement``; ``since``: how much of the log the Ukey saw."""
+
+    statement: Signed
+    since: int = 0
+
+
+class PolicyReply(Message, frozen=True):
+    """That the statement is in the escrow: ``log`` continues from ``since``."""
+
     checkpoint: Signed
     log: tuple[LogEntry, ...]
 

@@ -74,6 +74,8 @@ class LeaseStatement(Statement, frozen=True):
     sequence: int
     head: bytes
     policy: Policy = INTERNATIONAL  # what the card permits as long as this lease lasts
+    policy_epoch: int = 0  # where its statement stands in the series: a card goes back to none before
+    policy_sequence: int = 0  # 0: none was ever set
 
 
 class LoginStatement(Statement, frozen=True):
@@ -133,6 +135,19 @@ class EpochStatement(Statement, frozen=True):
     accepted_epoch: int
     accepted_sequence: int
     accepted_head: bytes
+
+
+class PolicyStatement(Statement, frozen=True):
+    """What the consumer permits itself from now on, at all its Ukeys. ``sequence`` is of the same series as applications' statements.
+
+    ``epoch`` is the one that the signing Ukey lives in; of two statements the newer is the one with the larger (epoch, sequence).
+    """
+
+    KIND: ClassVar[str] = "cipherfleet/policy/v1"
+    consumer: ConsumerId
+    policy: Policy
+    epoch: int
+    sequence: int
 
 
 class CheckpointStatement(Statement, frozen=True):

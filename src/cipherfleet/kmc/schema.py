@@ -50,6 +50,13 @@ ukey_statements = Table(
     Column("statement", BLOB, nullable=False),  # Signed, as JSON
 )
 
+policies = Table(
+    "policies",
+    metadata,
+    Column("consumer", String, ForeignKey("consumers.name"), primary_key=True),
+    Column("statement", BLOB, nullable=False),  # Signed, as JSON: the newest one
+)
+
 epochs = Table(
     "epochs",
     metadata,

@@ -23,6 +23,7 @@ from cipherfleet.contract.kmc_api import (
     KeySearch,
     KmcToTerminal,
     KmcToVcm,
+    PolicyRequest,
     RowsRequest,
     StatementsRequest,
     TerminalRefused,
@@ -45,6 +46,7 @@ from cipherfleet.kmc.epochs import Epochs
 from cipherfleet.kmc.escrow import MAX_WRITE_BYTES, Escrow
 from cipherfleet.kmc.identity import IdentityDesk
 from cipherfleet.kmc.management_events import EventDesk
+from cipherfleet.kmc.policies import Policies
 from cipherfleet.kmc.service import Service
 from cipherfleet.kmc.sessions import ConsumerSession
 from cipherfleet.kmc.ukeys import Ukeys
@@ -71,6 +73,7 @@ class KmcServer:
         self.applications = Applications(center, self.escrow, self.service)
         self.ukeys = Ukeys(center, self.escrow, self.service)
         self.epochs = Epochs(center, self.escrow, self.service)
+        self.policies = Policies(center, self.escrow, self.service)
         self.server = Server(credentials, check_peer=center.registry.check, wall_clock=center.wall_clock)
         center.on_revoked.append(self.server.revoke)
         self._mount()
@@ -116,6 +119,7 @@ class KmcServer:
             ("GET", "/v1/terminal", terminal, self._terminal),
             ("POST", "/v1/applications", terminal, self._sign_application),
             ("POST", "/v1/ukeys", terminal, self._submit_ukey),
+            ("POST", "/v1/policies", terminal, self._set_policy),
             ("POST", "/v1/epochs", terminal, self._begin_epoch),
             ("GET", "/v1/epochs", terminal, self._epoch_statements),
             ("GET", "/v1/ukeys/statements", terminal, self._ukey_statements),
@@ -299,6 +303,9 @@ class KmcServer:
 
     async def _submit_ukey(self, call: Call) -> object:
         return await self.ukeys.submit(await call.body(UkeyRequest), call.peer)
+
+    async def _set_policy(self, call: Call) -> object:
+        return await self.policies.submit(await call.body(PolicyRequest), call.peer)
 
     async def _begin_epoch(self, call: Call) -> object:
         return await self.epochs.begin(await call.body(EpochRequest), call.peer)

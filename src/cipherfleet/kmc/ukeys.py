@@ -31,7 +31,7 @@ from cipherfleet.kmc.certification import UKEY_DAYS
 from cipherfleet.kmc.escrow import Escrow, append_log
 from cipherfleet.kmc.registry import Issued
 from cipherfleet.kmc.requests import subject_key
-from cipherfleet.kmc.schema import consumers, ukey_statements, ukeys
+from cipherfleet.kmc.schema import consumers, policies, ukey_statements, ukeys
 from cipherfleet.kmc.service import Service
 from cipherfleet.kmc.store import ACTIVE
 
@@ -48,17 +48,19 @@ class Ukeys:
         self._center, self._escrow, self._service = center, escrow, service
 
     async def statements(self, consumer: ConsumerId) -> UkeyStatements:
-        """What the consumer's Ukeys said of each other. Raises ``ConsumerUnknown`` or ``EscrowRowTampered``."""
+        """What the consumer's Ukeys said of each other, and the newest policy. Raises ``ConsumerUnknown`` or ``EscrowRowTampered``."""
 
         def read(connection: Connection) -> UkeyStatements:
             newest = store.get_consumer(connection, consumer).statement_sequence
             query = select(ukey_statements.c.statement).where(ukey_statements.c.consumer == consumer).order_by(ukey_statements.c.sequence)
-            return UkeyStatements(tuple(codec.decode(raw, Signed) for raw in connection.scalars(query)), newest)
+            said = tuple(codec.decode(raw, Signed) for raw in connection.scalars(query))
+            policy = connection.scalar(select(policies.c.statement).where(policies.c.consumer == consumer))
+            return UkeyStatements(said, newest, None if policy is None else codec.decode(policy, Signed))
 
         try:
             return await self._center.database.read(read)
         except Malformed as exc:
-            raise EscrowRowTampered(f"a statement on the Ukeys of {consumer} cannot be read") from exc
+            raise EscrowRowTampered(f"a statement of the Ukeys of {consumer} cannot be read") from exc
 
     async def list_ukeys(self, consumer: str = "") -> UkeyList:
         """Everybody's, or one consumer's."""

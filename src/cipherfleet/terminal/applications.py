@@ -24,7 +24,7 @@ from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.settings import Settings
 from cipherfleet.contract.statements import ApplicationStatement, Right
 from cipherfleet.terminal.callers import kmc_caller, management_caller
-from cipherfleet.terminal.catch_up import catch_up
+from cipherfleet.terminal.catch_up import FOLLOWED, catch_up
 from cipherfleet.terminal.checkpoint import advance, check_recorded
 from cipherfleet.terminal.ukey import Ukey
 
@@ -130,9 +130,11 @@ async def _submit(ukey: Ukey, statement: ApplicationStatement, csr: bytes) -> Ch
                 if attempt == ATTEMPTS:
                     raise
                 continue
-        point = advance(statement.consumer, seen, reply.checkpoint, reply.log, key)
-        entry = StatementEntry(statement.name, signed, numbered.sequence)
-        check_recorded(reply.log, seen, point, entry.subject, statement_digest(signed))
+            point = advance(statement.consumer, seen, reply.checkpoint, reply.log, key)
+            entry = StatementEntry(statement.name, signed, numbered.sequence)
+            check_recorded(reply.log, seen, point, entry.subject, statement_digest(signed))
+            if any(other.sequence > seen.sequence and other.subject.startswith(FOLLOWED) for other in reply.log):
+                await catch_up(ukey, kmc)  # another Ukey of the consumer said something meanwhile
         try:
             await memory.remember(point)
         except EscrowRolledBack:

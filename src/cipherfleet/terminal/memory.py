@@ -43,7 +43,8 @@ class Remembered(msgspec.Struct, frozen=True):
     """``statement_sequence``: the last number that a statement was given, here or by another Ukey of the consumer that is known of.
 
     ``ukeys``: all of the consumer, after the statements up to number ``ukey_sequence``; empty before there ever was a second one.
-    ``audit``: the newest seal on the audit log.
+    ``audit``: the newest seal on the audit log. ``policy_point``: epoch and number of the policy's statement, ``policy_digest`` of it,
+    ``policy_by`` the Ukey that signed it; none, before a policy was ever set.
     """
 
     seen: Seen
@@ -53,6 +54,19 @@ class Remembered(msgspec.Struct, frozen=True):
     ukeys: tuple[KnownUkey, ...] = ()
     ukey_sequence: int = 0
     audit: AuditPoint | None = None
+    policy_point: tuple[int, int] = (0, 0)
+    policy_digest: bytes = b""
+    policy_by: str = ""
+
+
+class NewPolicy(msgspec.Struct, frozen=True):
+    """A policy that a Ukey of the consumer signed, verified. ``recorded``: the log that was read names it."""
+
+    policy: Policy
+    point: tuple[int, int]  # epoch and number of its statement
+    digest: bytes
+    by: str  # the signing Ukey's serial
+    recorded: bool
 
 
 class _Sealed(msgspec.Struct, frozen=True):
@@ -82,8 +96,8 @@ class DirectoryMemory:
     def policy(self) -> Policy:
         return self._known.policy
 
-    async def set_policy(self, policy: Policy) -> None:
-        await asyncio.to_thread(self._change, lambda known: msgspec.structs.replace(known, policy=policy))
+    async def set_policy(self, policy: NewPolicy) -> None:
+        await asyncio.to_thread(self._change, lambda known: _with_policy(known, policy))
 
     @property
     def known(self) -> Remembered:
@@ -108,8 +122,15 @@ class DirectoryMemory:
         if seen != self._known.seen:
             await asyncio.to_thread(self._change, lambda known: msgspec.structs.replace(known, seen=_newer(known.seen, seen)))
 
-    async def learn(self, point: Seen, ukeys: tuple[KnownUkey, ...], ukey_sequence: int, statement_sequence: int) -> None:
-        """What the escrow showed, once it was verified: where its log stands, whose signatures count, which numbers are used.
+    async def learn(
+        self,
+        point: Seen,
+        ukeys: tuple[KnownUkey, ...],
+        ukey_sequence: int,
+        statement_sequence: int,
+        policy: NewPolicy | None = None,
+    ) -> None:
+        """What the escrow showed, once it was verified: where its log stands, whose signatures count, which numbers are used, the policy.
 
         Newer things that were learned meanwhile stay. ``statement_sequence`` is only the KMC's word, so it is believed up to a bound.
         Raises ``EscrowRolledBack``.
@@ -123,7 +144,7 @@ class DirectoryMemory:
             )
             if ukey_sequence > known.ukey_sequence:
                 changed = msgspec.structs.replace(changed, ukeys=ukeys, ukey_sequence=ukey_sequence)
-            return changed
+            return changed if policy is None else _with_policy(changed, policy)
 
         if change(self._known) != self._known:
             await asyncio.to_thread(self._change, change)
@@ -199,6 +220,16 @@ class DirectoryMemory:
     def _check_present(self) -> None:
         if not self._present():
             raise UkeyAbsent(f"the Ukey at {self._folder} is gone")
+
+
+def _with_policy(known: Remembered, new: NewPolicy) -> Remembered:
+    """With the newer policy, which is never one from before. Of two with one number the log keeps one: that counts."""
+    if new.point < known.policy_point or (new.point == known.policy_point and not new.recorded):
+        return known
+    number = max(known.statement_sequence, min(new.point[1], known.statement_sequence + MAX_AHEAD))
+    return msgspec.structs.replace(
+        known, policy=new.policy, policy_point=new.point, policy_digest=new.digest, policy_by=new.by, statement_sequence=number
+    )
 
 
 def _newer(old: Seen, new: Seen) -> Seen:

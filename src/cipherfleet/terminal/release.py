@@ -14,7 +14,7 @@ from cipherfleet.contract.errors import (
     MarkMismatch,
     UkeyAbsent,
 )
-from cipherfleet.contract.escrow import UKEY, LogEntry
+from cipherfleet.contract.escrow import LogEntry
 from cipherfleet.contract.flow import FlowStep, Mark
 from cipherfleet.contract.ids import VcmId
 from cipherfleet.contract.kmc_api import (
@@ -28,7 +28,7 @@ from cipherfleet.contract.kmc_api import (
 )
 from cipherfleet.contract.management_api import LoginFailed
 from cipherfleet.contract.statements import LeaseStatement, Signed
-from cipherfleet.terminal.catch_up import catch_up
+from cipherfleet.terminal.catch_up import FOLLOWED, catch_up
 from cipherfleet.terminal.checkpoint import advance, advance_audit, read_checkpoint
 from cipherfleet.terminal.insertion import FINAL, MAX_WAITING, TAKEN_OVER, Insertion, Service
 
@@ -130,6 +130,7 @@ class KeyRelease:
             return
         duration_ms = round(state.settings.lease_s * 1000)
         seen = await state.ukey.memory.look()
+        known = state.ukey.memory.known
         lease = LeaseStatement(
             state.consumer,
             frame.card,
@@ -139,7 +140,8 @@ class KeyRelease:
             seen.epoch,
             seen.sequence,
             seen.head,
-            state.ukey.memory.policy,
+            known.policy,
+            *known.policy_point,
         )
         await state.kmc.send(LeaseSigned(await sign(lease, state.ukey.signer)))
         service.heard = time.monotonic()
@@ -153,7 +155,7 @@ class KeyRelease:
         # must continue that.
         start = memory.seen if point.sequence >= memory.seen.sequence else self._shown
         advance(state.consumer, start, checkpoint, log, state.ukey.record.kmc_signing_key)
-        if any(entry.sequence > memory.seen.sequence and entry.subject.startswith(UKEY) for entry in log):
+        if any(entry.sequence > memory.seen.sequence and entry.subject.startswith(FOLLOWED) for entry in log):
             await catch_up(state.ukey, state.calls)
         self._shown = point
         try:

@@ -36,7 +36,7 @@ from cipherfleet.contract.statements import RevokedUkey
 from cipherfleet.state.files import flush_folder, write_private
 from cipherfleet.terminal import sealing
 from cipherfleet.terminal.files import fault, read_file
-from cipherfleet.terminal.memory import DirectoryMemory, KnownUkey, Remembered
+from cipherfleet.terminal.memory import DirectoryMemory, KnownUkey, NewPolicy, Remembered
 from cipherfleet.terminal.pin import SECRET_BYTES, PinHash, open_secrets, pin_bytes, seal_secrets, wipe
 
 VERSION = 1
@@ -86,8 +86,8 @@ class UkeyMemory(Protocol):
         """What the consumer permits itself, as of the last ``look``."""
         ...
 
-    async def set_policy(self, policy: Policy) -> None:
-        """Durable when it returns; in force with the next heartbeat."""
+    async def set_policy(self, policy: NewPolicy) -> None:
+        """Durable when it returns; in force with the next heartbeat. Never goes back: an older one changes nothing."""
         ...
 
     async def look(self) -> Seen:
@@ -120,7 +120,14 @@ class UkeyMemory(Protocol):
         """All that is remembered, as of the last look."""
         ...
 
-    async def learn(self, point: Seen, ukeys: tuple[KnownUkey, ...], ukey_sequence: int, statement_sequence: int) -> None:
+    async def learn(
+        self,
+        point: Seen,
+        ukeys: tuple[KnownUkey, ...],
+        ukey_sequence: int,
+        statement_sequence: int,
+        policy: NewPolicy | None = None,
+    ) -> None:
         """What the escrow showed, verified; never goes back. Raises ``EscrowRolledBack``."""
         ...
 

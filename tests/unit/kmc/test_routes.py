@@ -47,6 +47,7 @@ ROUTES = {
     ("GET", "/v1/ukeys"): {Role.OPERATOR, Role.TERMINAL},
     ("POST", "/v1/ukeys"): {Role.TERMINAL},
     ("POST", "/v1/epochs"): {Role.TERMINAL},
+    ("POST", "/v1/policies"): {Role.TERMINAL},
     ("GET", "/v1/epochs"): {Role.TERMINAL},
     ("POST", "/v1/ukeys/x/ukey-00000000/revoke"): {Role.OPERATOR},
     ("GET", "/v1/ukeys/statements"): {Role.TERMINAL},

@@ -22,7 +22,7 @@ from cipherfleet.channel.frames import Frames
 from cipherfleet.channel.server import Call, Server
 from cipherfleet.channel.signing import LocalSigner
 from cipherfleet.contract.errors import CipherfleetError, Exists, KmcUnavailable, ManagementUnavailable, ServiceOff, StateConflict
-from cipherfleet.contract.escrow import LogEntry, Seen, StatementEntry, genesis, replay, statement_digest
+from cipherfleet.contract.escrow import LogEntry, Seen, StatementEntry, genesis, policy_subject, replay, statement_digest
 from cipherfleet.contract.identities import Identity, Role
 from cipherfleet.contract.ids import CardId, ConsumerId, MachineId, VcmId, new_card_id, new_vcm_id
 from cipherfleet.contract.kmc_api import (
@@ -38,6 +38,8 @@ from cipherfleet.contract.kmc_api import (
     LeaseRequested,
     LeaseSigned,
     LogPage,
+    PolicyReply,
+    PolicyRequest,
     TerminalToKmc,
     UkeyStatements,
 )
@@ -60,6 +62,7 @@ from cipherfleet.contract.statements import (
     IdentityRequest,
     LeaseStatement,
     LoginStatement,
+    PolicyStatement,
     Purpose,
     SealedShare,
     Signed,
@@ -166,6 +169,7 @@ class Kmc:
         self.fail: dict[str, list[CipherfleetError | None]] = {}
         self.forge_reply: Callable[[EnrolReply], EnrolReply] = lambda reply: reply
         self.identity_key = b""
+        self.policy: Signed | None = None
         self.url = ""
 
     def domain(self, consumer: ConsumerId) -> Authority:
@@ -178,6 +182,7 @@ class Kmc:
         server.route("POST", "/v1/consumers/{consumer}/confirm", operator, self._confirm)
         server.route("DELETE", "/v1/consumers/{consumer}", operator, self._delete)
         server.route("POST", "/v1/applications", terminal, self._application)
+        server.route("POST", "/v1/policies", terminal, self._policy)
         server.route("GET", "/v1/escrow", terminal, self._log)
         server.route("GET", "/v1/terminal", terminal, self.line.serve)
         server.route("GET", "/v1/ukeys/statements", terminal, self._ukey_statements)
@@ -255,7 +260,20 @@ class Kmc:
         return ApplicationReply(Chain(chain, domain.pem), checkpoint, tuple(self.log[request.since :]))
 
     async def _ukey_statements(self, call: Call) -> UkeyStatements:
-        return UkeyStatements((), 0)
+        return UkeyStatements((), 0, self.policy)
+
+    async def _policy(self, call: Call) -> PolicyReply:
+        request = await call.body(PolicyRequest)
+        self._may_fail("policy")
+        await self.set_policy(request.statement)
+        return PolicyReply(await self.checkpoint(call.peer.identity.consumer), tuple(self.log[request.since :]))
+
+    async def set_policy(self, signed: Signed) -> None:
+        """As one of the consumer's Ukeys signed it."""
+        statement = codec.decode(signed.payload, PolicyStatement)
+        self.policy = signed
+        subject = policy_subject(statement.policy.name, statement.sequence)
+        self.log.append(LogEntry(len(self.log) + 1, subject, statement_digest(signed)))
 
     async def application_written(self, subject: str) -> None:
         """What happens between the escrow's write and the reply: nothing, unless a test says otherwise."""

@@ -1,4 +1,4 @@
-"""What a consumer permits itself: the policy on its Ukey."""
+"""What a consumer permits itself: the policy on its Ukeys."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +11,8 @@ from cipherfleet.app.options import Json, PinFile, UkeyFolder, read_file, read_p
 from cipherfleet.contract.algorithms import REGISTRY
 from cipherfleet.contract.errors import Malformed
 from cipherfleet.contract.policy import BUILT_IN, Policy, read_policy, refusal
+from cipherfleet.terminal.memory import Remembered
+from cipherfleet.terminal.policies import set_policy
 from cipherfleet.terminal.ukey import DirectoryUkey
 
 app = typer.Typer(help="The consumer's policy profile: show, set, check.", no_args_is_help=True)
@@ -18,10 +20,10 @@ app = typer.Typer(help="The consumer's policy profile: show, set, check.", no_ar
 
 @app.command()
 def show(ukey: UkeyFolder, pin_file: PinFile = None, json: Json = False) -> None:
-    """The policy on the Ukey."""
+    """The policy on the Ukey: its number among the consumer's statements, and which Ukey signed it."""
     pin = read_pin(pin_file)
     with DirectoryUkey.open(ukey, pin) as opened:
-        _tell(opened.memory.policy, as_json=json)
+        _tell(opened.memory.known, as_json=json)
 
 
 @app.command("set")
@@ -31,16 +33,19 @@ def set_(
     pin_file: PinFile = None,
     json: Json = False,
 ) -> None:
-    """Put a policy onto the Ukey; it is in force in every card with the next heartbeat."""
+    """Set the policy by one Ukey, for all of the consumer; it is in force in every card with the next heartbeat.
+
+    The Ukey keeps it at once. The KMC stores it, signed, and the consumer's other Ukeys take it over when they are plugged in.
+    """
     chosen = _read(policy)
     pin = read_pin(pin_file)
 
-    async def work() -> None:
+    async def work() -> Remembered:
         with DirectoryUkey.open(ukey, pin) as opened:
-            await opened.memory.set_policy(chosen)
+            await set_policy(opened, chosen)
+            return opened.memory.known
 
-    run(work())
-    _tell(chosen, as_json=json)
+    _tell(run(work()), as_json=json)
 
 
 @app.command()
@@ -66,8 +71,9 @@ def _read(name: str) -> Policy:
     return read_policy(read_file(Path(name)))
 
 
-def _tell(policy: Policy, *, as_json: bool) -> None:
-    facts = {field: getattr(policy, field) for field in policy.__struct_fields__}
+def _tell(known: Remembered, *, as_json: bool) -> None:
+    facts = {field: getattr(known.policy, field) for field in known.policy.__struct_fields__}
+    facts |= {"epoch": known.policy_point[0], "number": known.policy_point[1], "signed_by": known.policy_by}
     if as_json:
         output.document(facts)
     else:

@@ -9,7 +9,7 @@ from cipherfleet.channel import codec
 from cipherfleet.computing.card_function import VirtualFunction
 from cipherfleet.contract.algorithms import REGISTRY, Kind
 from cipherfleet.contract.ciphertext import HEADER_BYTES
-from cipherfleet.contract.errors import LeaseForged, OutOfOrder, PolicyRefused
+from cipherfleet.contract.errors import LeaseForged, LeaseStale, OutOfOrder, PolicyRefused
 from cipherfleet.contract.escrow import EscrowRow, VersionAttributes
 from cipherfleet.contract.ids import new_key_id
 from cipherfleet.contract.policy import BUILT_IN, DAY_S, INTERNATIONAL, Policy, Profile
@@ -148,3 +148,24 @@ def test_nobody_but_the_ukey_sets_it() -> None:
             function.do(Operation.LEASE, forged)
     with pytest.raises(PolicyRefused):
         function.generate("AES-256-GCM")
+
+
+def lease(function: Function, policy: Policy, epoch: int, sequence: int) -> None:
+    nonce = bytes(function.do(Operation.LEASE_NONCE).data)
+    statement = function.consumer.statement(nonce, vcm=function.vcm)
+    changed = msgspec.structs.replace(statement, policy=policy, policy_epoch=epoch, policy_sequence=sequence)
+    function.do(Operation.LEASE, signed(changed, function.consumer.ukey, KMC_KEY))
+
+
+def test_a_lease_with_an_older_policy_is_stale() -> None:
+    """As of a spare Ukey from which the KMC withholds what another one has set."""
+    function, fips = Function(), BUILT_IN["fips"]
+    lease(function, fips, 1, 4)
+    for epoch, sequence in ((1, 3), (1, 0), (0, 9)):
+        with pytest.raises(LeaseStale, match="older policy"):
+            lease(function, INTERNATIONAL, epoch, sequence)
+    with pytest.raises(PolicyRefused):
+        function.run(StreamRequest(Verb.DIGEST, digest="SM3"), b"x")
+    lease(function, fips, 1, 4)  # the same again
+    lease(function, BUILT_IN["gm"], 2, 1)
+    function.run(StreamRequest(Verb.DIGEST, digest="SM3"), b"x")
