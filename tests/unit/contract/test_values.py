@@ -47,6 +47,7 @@ from cipherfleet.contract.vcc import (
         (ids.MachineId, "m1", ["m", "1", "m12345", "m1\n"]),
         (ids.Serial, "1f", ["", "G", "1" * 41]),
     ],
+    ids=["consumer", "vcm", "key", "card", "token", "machine", "serial"],
 )
 def test_ids_are_checked_when_they_are_decoded(kind: type[str], good: str, bad: list[str]) -> None:
     assert msgspec.convert(good, kind) == good

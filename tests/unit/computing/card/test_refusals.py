@@ -70,6 +70,7 @@ def test_rsa_keys_with_a_weak_exponent() -> None:
         ("ML-KEM-768", bytes(2400)),
         ("HPKE-ML-KEM-768-X25519", bytes(95)),
     ],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)}",  # some are made anew each time
 )
 def test_key_material_that_is_none(name: str, material: bytes) -> None:
     assert brought(name, material) == "key-material-invalid"

@@ -146,7 +146,7 @@ GOOD = encoded(SCALAR, POINT)
         GOOD + b"\0",
         b"\0" * 138,
         b"\x30" * 100_000,
-        other_curve(),
+        pytest.param(other_curve(), id="another-curve"),
         encoded(bytes(32), POINT),
         encoded(N.to_bytes(32, "big"), POINT),
         encoded((N - 1).to_bytes(32, "big"), POINT),
