@@ -26,6 +26,8 @@ MAX_PAGE = 2000
 """Entries of one answer, so that it stays below the channel's limit whatever stands in them."""
 MAX_EVENTS = 256
 """Decisions of the management platform in one delivery."""
+MAX_LATE_S = 600.0
+"""How much older than its entry's writing a reported time may be (seconds); what is older, or in the future, gets the time of writing."""
 PLATFORM = "-"
 """What the operator's own log is called where a consumer is named."""
 
@@ -64,6 +66,14 @@ class AuditHeads(Message, frozen=True):
     heads: tuple[AuditHead, ...]
 
 
+class Sealing(Message, frozen=True):
+    """The rule of a log, and when it was read: the word of who shows it. Unix seconds."""
+
+    entries: Annotated[int, Meta(ge=1, le=100_000)]
+    seconds: Annotated[float, Meta(gt=0, le=86400)]
+    at: Annotated[float, Meta(ge=0)]
+
+
 class AuditLog(Message, frozen=True):
     """A page. Without filters: with the checkpoints up to its end (all later ones when it is the last), and the log's head."""
 
@@ -71,6 +81,7 @@ class AuditLog(Message, frozen=True):
     checkpoints: tuple[Signed, ...] = ()
     head: AuditHead | None = None
     signing_key: bytes = b""  # SubjectPublicKeyInfo DER: the KMC's word alone, a consumer has it from its Ukey
+    sealing: Sealing | None = None  # without filters: by which rule the log is sealed, and the KMC's time
 
 
 class AuditQuery(msgspec.Struct, frozen=True):

@@ -493,6 +493,13 @@ class AuditBroken(Tampered):
     code = "audit-broken"
 
 
+class AuditUnsealed(AuditBroken):
+    """Entries that should be under a seal are not, or a seal is missing: seals were deleted, or the KMC could not make them."""
+
+    code = "audit-unsealed"
+    default_hint = "look whether the KMC's HSM is there; if it is, somebody deleted seals: compare with what the Ukey remembers"
+
+
 class BackupInvalid(Tampered):
     code = "backup-invalid"
 

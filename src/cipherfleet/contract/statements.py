@@ -187,7 +187,10 @@ class RevokedUkey(msgspec.Struct, frozen=True):
 
 
 class AuditCheckpointStatement(Statement, frozen=True):
-    """The HSM's word on a consumer's audit log (empty: the operator's own): entry ``sequence`` has the digest ``digest`` (hex)."""
+    """The HSM's word on a consumer's audit log (empty: the operator's own): entry ``sequence`` has the digest ``digest`` (hex).
+
+    ``previous``: the entry of the seal before this one, 0 for the first; so a seal that is missing shows.
+    """
 
     KIND: ClassVar[str] = "cipherfleet/audit-checkpoint/v1"
     consumer: str
@@ -195,6 +198,7 @@ class AuditCheckpointStatement(Statement, frozen=True):
     sequence: int
     digest: str
     at: float  # unix seconds
+    previous: int
 
 
 class SealedShare(Statement, frozen=True):

@@ -19,6 +19,7 @@ from cipherfleet.contract.audit import (
     AuditHeads,
     AuditLog,
     AuditQuery,
+    Sealing,
     digest_of,
     genesis,
 )
@@ -78,7 +79,7 @@ def read(connection: Connection, query: AuditQuery) -> tuple[AuditEntry, ...]:
     return tuple(_entry(row) for row in found)
 
 
-def read_page(connection: Connection, query: AuditQuery, signing_key: bytes) -> AuditLog:
+def read_page(connection: Connection, query: AuditQuery, signing_key: bytes, sealing: Sealing) -> AuditLog:
     """As ``contract.audit.AuditLog`` says, all as of one moment."""
     entries = read(connection, query)
     if query.filtered or not query.consumer:
@@ -87,7 +88,7 @@ def read_page(connection: Connection, query: AuditQuery, signing_key: bytes) -> 
     end = head(connection, consumer)
     more = bool(entries) and entries[-1].sequence < end.sequence
     last = entries[-1].sequence if more else None
-    return AuditLog(entries, _checkpoints(connection, consumer, query.after, last), end, signing_key)
+    return AuditLog(entries, _checkpoints(connection, consumer, query.after, last), end, signing_key, sealing)
 
 
 def head(connection: Connection, consumer: str) -> AuditHead:

@@ -12,7 +12,8 @@ from sqlalchemy import Connection
 
 from cipherfleet.channel import signing
 from cipherfleet.channel.audit_check import read_audit_checkpoint
-from cipherfleet.contract.audit import PLATFORM, AuditChain, AuditHeads, AuditPoint, AuditQuery
+from cipherfleet.contract.audit import PLATFORM, AuditChain, AuditHeads, AuditPoint, AuditQuery, Sealing
+from cipherfleet.contract.audit_seals import written_by
 from cipherfleet.contract.errors import AuditBroken, CipherfleetError, HsmUnavailable, Malformed
 from cipherfleet.contract.ids import ConsumerId
 from cipherfleet.contract.statements import AuditCheckpointStatement, Signed
@@ -26,7 +27,11 @@ FAREWELL_S = 2.0
 
 
 class AuditSealer:
-    """Every ``audit_seal_entries`` entries, or ``audit_seal_s`` seconds after the first that is not sealed."""
+    """Every ``audit_seal_entries`` entries, or ``audit_seal_s`` seconds after the first that is not sealed.
+
+    Seconds by the loop's clock, or by the times in the log if these say more: those of a life before this one, or of before the
+    wall clock was set.
+    """
 
     def __init__(self, center: Center) -> None:
         self._center = center
@@ -39,6 +44,11 @@ class AuditSealer:
     def newest(self, consumer: str) -> tuple[int, Signed] | None:
         """The newest seal of a log and the entry it is on; known without the database, as each heartbeat asks."""
         return self._newest.get(consumer)
+
+    def rule(self) -> Sealing:
+        """By which rule, and the time it is."""
+        settings = self._center.settings
+        return Sealing(settings.audit_seal_entries, settings.audit_seal_s, self._center.wall_clock())
 
     async def start(self) -> None:
         """What was sealed before counts, as far as the database still shows it."""
@@ -88,6 +98,9 @@ class AuditSealer:
                 self._waiting.pop(consumer, None)
                 continue
             waited = now - self._waiting.setdefault(consumer, now)
+            if consumer not in self._broken and unsealed > 0:
+                reading = partial(_waited, consumer=consumer, after=head.sequence - unsealed, now=self._center.wall_clock())
+                waited = max(waited, await self._center.database.read(reading))
             if consumer in self._broken or not due(unsealed, waited):
                 continue
             try:
@@ -102,7 +115,9 @@ class AuditSealer:
         if sealed is not None and point.sequence <= sealed.sequence:
             return
         at = self._center.wall_clock()
-        statement = AuditCheckpointStatement(consumer, epoch, point.sequence, point.digest, at)
+        statement = AuditCheckpointStatement(
+            consumer, epoch, point.sequence, point.digest, at, sealed.sequence if sealed is not None else 0
+        )
         try:
             signed = await signing.sign(statement, self._center.signer)
         except HsmUnavailable:
@@ -134,6 +149,15 @@ def _replay(connection: Connection, consumer: str, sealed: AuditPoint | None) ->
     chain.end(AuditPoint(end.sequence, end.digest))
     found = store.find_consumer(connection, ConsumerId(consumer)) if consumer else None
     return chain.point, found.epoch if found is not None else 0
+
+
+def _waited(connection: Connection, consumer: str, after: int, now: float) -> float:
+    """How long the first entry that is not sealed has waited, by its own time (seconds)."""
+    try:
+        found = audit.read(connection, AuditQuery(consumer or PLATFORM, after=after, limit=1))
+        return now - written_by(found[0]) if found else 0.0
+    except (TypeError, Malformed):  # the check before the seal says what is wrong
+        return 0.0
 
 
 def _check_at(connection: Connection, consumer: str, point: AuditPoint) -> None:

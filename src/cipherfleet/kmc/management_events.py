@@ -9,7 +9,7 @@ from itertools import groupby
 from sqlalchemy import Connection, select
 from sqlalchemy.dialects.sqlite import insert as upsert
 
-from cipherfleet.contract.audit import MAX_TEXT, ManagementEvent, ManagementEvents
+from cipherfleet.contract.audit import MAX_LATE_S, MAX_TEXT, ManagementEvent, ManagementEvents
 from cipherfleet.contract.audit_events import MANAGEMENT_EVENTS
 from cipherfleet.contract.errors import Malformed, OutOfOrder
 from cipherfleet.contract.ids import ConsumerId
@@ -17,7 +17,6 @@ from cipherfleet.kmc import audit, store
 from cipherfleet.kmc.center import Center
 from cipherfleet.kmc.pace import Pace
 from cipherfleet.kmc.schema import management_outbox
-from cipherfleet.kmc.usage import MAX_LATE_S
 
 EVENTS_PER_SECOND, EVENTS_BURST = 100, 4096
 """Events that the management platform may write in the long run, and at once."""

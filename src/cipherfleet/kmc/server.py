@@ -185,7 +185,9 @@ class KmcServer:
         if consumer:
             query = msgspec.structs.replace(query, consumer=consumer)
         async with self._bulk.turn(consumer, call.peer.identity.id):
-            return await self.center.database.read(partial(audit.read_page, query=query, signing_key=self.center.signer.public_key))
+            return await self.center.database.read(
+                partial(audit.read_page, query=query, signing_key=self.center.signer.public_key, sealing=self.sealer.rule())
+            )
 
     async def _audit_heads(self, call: Call) -> object:
         return await self.center.database.read(audit.read_heads)

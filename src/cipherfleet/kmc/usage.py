@@ -9,7 +9,7 @@ from functools import partial
 from sqlalchemy import Connection, func, select
 from sqlalchemy.dialects.sqlite import insert as upsert
 
-from cipherfleet.contract.audit import DataUse, KeyUsage, UsageReport
+from cipherfleet.contract.audit import MAX_LATE_S, DataUse, KeyUsage, UsageReport
 from cipherfleet.contract.identities import Identity
 from cipherfleet.contract.ids import ConsumerId, KeyId
 from cipherfleet.kmc import audit
@@ -19,8 +19,6 @@ from cipherfleet.kmc.schema import key_usage, usage_reports
 
 LINES_PER_SECOND, LINES_BURST = 500, 20_000
 """Entries that a consumer's VCMs may write in the long run, and at once."""
-MAX_LATE_S = 600.0
-"""How much older than its report a use may be; what is older, or in the future, gets the report's time."""
 
 
 class Usage:

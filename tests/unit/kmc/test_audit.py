@@ -23,7 +23,8 @@ from cipherfleet.contract.audit import (
     genesis,
 )
 from cipherfleet.contract.audit import DataUse as Use
-from cipherfleet.contract.errors import AuditBroken, Malformed, NotPermitted
+from cipherfleet.contract.audit_seals import GRACE_S
+from cipherfleet.contract.errors import AuditBroken, AuditUnsealed, HsmUnavailable, Malformed, NotPermitted
 from cipherfleet.contract.kmc_api import LeaseGranted, LeaseRequested, LeaseWanted
 from cipherfleet.contract.statements import AuditCheckpointStatement
 from cipherfleet.kmc import refusals
@@ -145,9 +146,98 @@ async def test_a_log_that_was_chained_anew_contradicts_its_seals(world: World, c
         await verify(operator, "alice", alice.reply.kmc_signing_key)
     edit(world, "DELETE FROM audit_checkpoints WHERE consumer = 'alice'")
     verdict = await verify(operator, "alice", alice.reply.kmc_signing_key)
-    assert verdict.sealed == 0  # which is all that shows without the Ukey
+    assert verdict.sealed == 0  # which is all that shows without the Ukey, until a seal is due
+    world.clock.ahead = world.settings.audit_seal_s + GRACE_S + 1
+    with pytest.raises(AuditUnsealed):
+        await verify(operator, "alice", alice.reply.kmc_signing_key)
     with pytest.raises(AuditBroken):
         await verify(operator, "alice", alice.reply.kmc_signing_key, seen)
+
+
+async def sealed_entries(world: World) -> list[int]:
+    with sqlite3.connect(world.folder / "kmc.sqlite") as connection:
+        found = connection.execute("SELECT sequence FROM audit_checkpoints WHERE consumer = 'alice' ORDER BY sequence").fetchall()
+    connection.close()
+    return [row[0] for row in found]
+
+
+@pytest.mark.parametrize("which", ["all", "newest", "middle", "first"])
+async def test_deleted_seals_show_without_a_ukey(world: World, which: str) -> None:
+    alice = await world.enrol()
+    for number in range(9):
+        await world.center.audit("alice", "actor", "event", str(number))
+        if number % 3 == 2:
+            await seal(world)
+    seals, operator, key = await sealed_entries(world), await world.operator(), alice.reply.kmc_signing_key
+    assert len(seals) >= 3
+    world.clock.ahead = 10 * world.settings.audit_seal_s
+    good = await verify(operator, "alice", key)
+    assert (good.sealed, good.late) == (good.verified, 0)
+    gone = {"all": seals, "newest": seals[-1:], "middle": seals[1:-1], "first": seals[:1]}[which]
+    edit(world, f"DELETE FROM audit_checkpoints WHERE consumer = 'alice' AND sequence IN ({', '.join(map(str, gone))})")  # noqa: S608
+    sentence = {
+        "all": f"entries 1 to {seals[-1]} of the audit log of alice are under no seal",
+        "newest": f"entries {seals[-2] + 1} to {seals[-1]} of the audit log of alice are under no seal",
+        "middle": f"lacks its seal on entry {seals[-2]}",
+        "first": f"lacks its seal on entry {seals[0]}",
+    }[which]
+    for limit in (2, 2000):
+        with pytest.raises(AuditUnsealed, match=sentence):
+            await verify(operator, "alice", key, limit=limit)
+
+
+async def test_a_seal_that_was_deleted_and_made_anew_is_told_as_late(world: World) -> None:
+    alice = await world.enrol()
+    await fill(world)
+    edit(world, "DELETE FROM audit_checkpoints WHERE consumer = 'alice'")
+    await world.restart()
+    operator = await world.operator()
+    world.clock.ahead = 10 * world.settings.audit_seal_s
+    await seal(world)
+    verdict = await verify(operator, "alice", alice.reply.kmc_signing_key)
+    assert verdict.late == verdict.sealed == verdict.verified
+
+
+async def test_while_the_hsm_is_away_a_log_is_unsealed_and_sealed_at_once_when_it_is_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alice = await world.enrol()
+    await seal(world)
+
+    async def away(message: bytes) -> bytes:
+        raise HsmUnavailable("no answer")
+
+    operator, key = await world.operator(), alice.reply.kmc_signing_key
+    with monkeypatch.context() as patch:
+        patch.setattr(world.center.signer, "sign", away)
+        await world.center.audit("alice", "actor", "event", "x")
+        assert (await verify(operator, "alice", key)).sealed > 0
+        world.clock.ahead = world.settings.audit_seal_s + GRACE_S + 1
+        with pytest.raises(AuditUnsealed):
+            await verify(operator, "alice", key)
+    rule = world.settings
+    await world.kmc.sealer.seal(lambda unsealed, waited: waited >= rule.audit_seal_s)  # by the times in the log: it waits for no clock
+    verdict = await verify(operator, "alice", key)
+    assert (verdict.sealed, verdict.late) == (verdict.verified, 1)
+
+
+async def test_too_many_without_a_seal(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    alice = await world.enrol()
+    await seal(world)
+    edit(world, "DELETE FROM audit_checkpoints WHERE consumer = 'alice'")
+    monkeypatch.setattr(world.center, "settings", msgspec.structs.replace(world.settings, audit_seal_entries=2, audit_seal_s=86400.0))
+    world.clock.ahead = GRACE_S + 5
+    with pytest.raises(AuditUnsealed):
+        await verify(await world.operator(), "alice", alice.reply.kmc_signing_key)
+
+
+async def test_a_log_that_names_no_rule_is_refused(world: World) -> None:
+    alice = await world.enrol()
+    page = await ask(await world.operator(), AuditQuery("alice"))
+    check = AuditCheck("alice", alice.reply.kmc_signing_key)
+    check.page(msgspec.structs.replace(page, sealing=None, checkpoints=()))
+    with pytest.raises(AuditUnsealed, match="by which rule"):
+        check.end()
 
 
 async def test_what_was_chained_anew_gets_no_seal(world: World) -> None:
@@ -186,7 +276,7 @@ async def test_a_forged_or_foreign_seal_shows(world: World) -> None:
     await fill(world)
     operator, key = await world.operator(), alice.reply.kmc_signing_key
     page = await ask(operator, AuditQuery("alice"))
-    statement = AuditCheckpointStatement("alice", 1, page.entries[-1].sequence, page.entries[-1].digest, 0.0)
+    statement = AuditCheckpointStatement("alice", 1, page.entries[-1].sequence, page.entries[-1].digest, 0.0, 0)
     forged = await signing.sign(statement, signing.LocalSigner(new_key()))
     theirs = await ask(operator, AuditQuery("bob"))
     assert bob.reply.kmc_signing_key == key

@@ -108,6 +108,8 @@ def verify(
         remembered = f", entry {verdict.ukey} is the one that the Ukey remembers" if verdict.ukey else ""
         sealed = f"{verdict.sealed} of them under a seal"
         output.screen.print(f"{verdict.verified} audit entries of {whose} verified, {sealed}{remembered}")
+        if verdict.late:
+            output.screen.print(f"{verdict.late} of them got their seal late: the HSM was away, or seals were deleted and made anew")
 
 
 @app.command()

@@ -11,7 +11,7 @@ from cipherfleet.app.options import read_pin
 from cipherfleet.app.wiring import Cloud
 from cipherfleet.channel import codec
 from cipherfleet.channel.audit_check import AuditCheck, AuditVerdict
-from cipherfleet.contract.audit import PLATFORM, AuditEntry, AuditHead, AuditHeads, AuditLog, AuditPoint, AuditQuery
+from cipherfleet.contract.audit import PLATFORM, AuditEntry, AuditHead, AuditHeads, AuditLog, AuditPoint, AuditQuery, Sealing
 from cipherfleet.contract.errors import AuditBroken, CertificateInvalid, FileProblem, Malformed
 from cipherfleet.contract.statements import Signed
 from cipherfleet.services.middleware.connection import read_profile
@@ -70,6 +70,7 @@ class Exported(msgspec.Struct, frozen=True, omit_defaults=True):
 
     head: AuditHead | None = None
     signing_key: bytes = b""  # the source's word; a consumer checks with its own
+    sealing: Sealing | None = None  # by which rule the log was sealed, and when it was exported: the source's word
     entry: AuditEntry | None = None
     checkpoint: Signed | None = None
     end: bool = False
@@ -81,15 +82,16 @@ async def export(found: Source, name: str, out: Path) -> int:
     checkpoints: list[Signed] = []
     query: AuditQuery | None = AuditQuery(name)
     head: AuditHead | None = None
+    sealing: Sealing | None = None
     key = found.key
     while query is not None:
         page = await found.ask(query)
         entries += page.entries
         checkpoints += page.checkpoints
-        head, key = page.head, key or page.signing_key
+        head, key, sealing = page.head, key or page.signing_key, page.sealing
         more = bool(page.entries) and head is not None and head.sequence > page.entries[-1].sequence
         query = AuditQuery(name, after=page.entries[-1].sequence) if more else None
-    lines = [Exported(head=head, signing_key=key)]
+    lines = [Exported(head=head, signing_key=key, sealing=sealing)]
     lines += [Exported(checkpoint=signed) for signed in checkpoints]
     lines += [Exported(entry=entry) for entry in entries]
     try:
@@ -127,7 +129,7 @@ def verify_file(file: Path, key: bytes, seen: AuditPoint | None, consumer: str) 
         if read.entry is not None:
             entries.append(read.entry)
         ended = read.end
-    check.page(AuditLog(tuple(entries), head=first.head))
+    check.page(AuditLog(tuple(entries), head=first.head, sealing=first.sealing))
     if not ended or (entries and entries[-1].sequence < first.head.sequence) or (first.head.sequence and not entries):
         raise AuditBroken(f"{file} lacks entry {len(entries) + 1} or its end: it was cut off")
     return check.end()
