@@ -35,6 +35,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     changes_per_consumer: Annotated[
         int, Meta(ge=2048, le=8_000_000, description="changes of a consumer's keys and applications in all; each VCM reads all of them")
     ] = 2_000_000
+    aliases_per_consumer: Annotated[int, Meta(ge=0, le=1_000_000, description="aliases of a consumer in all")] = 100_000
+    tags_per_consumer: Annotated[int, Meta(ge=0, le=10_000_000, description="tags of a consumer's keys in all")] = 500_000
     escrow_mib_per_consumer: Annotated[int, Meta(ge=1, le=65536, description="wrapped keys and attributes of a consumer, MiB")] = 1024
     deletion_days: Annotated[int, Meta(ge=1, le=365, description="how long a key waits for its deletion, and at most, days")] = 30
     deletion_days_min: Annotated[float, Meta(ge=0, le=365, description="how long it waits at least, days")] = 7

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, delete, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from cipherfleet.contract.errors import LimitReached, StateConflict
-from cipherfleet.contract.escrow import EscrowRow, RowName, RowWrite, row_digest, was_destroyed
+from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, RowName, RowWrite, decode_attributes, row_digest, was_destroyed
 from cipherfleet.contract.ids import ConsumerId
 from cipherfleet.contract.settings import Settings
 from cipherfleet.kmc import store
@@ -30,6 +30,10 @@ def store_rows(connection: Connection, consumer: ConsumerId, writes: Sequence[Ro
         counts["row_bytes"] += _size(write.row) - (0 if before is None else _size(before))
         counts["row_count"] += before is None
         counts["keys"] += before is None and name.version == 0
+        for what, number in _named(write.row).items():
+            counts[what] += number
+        for what, number in ({} if before is None else _named(before)).items():
+            counts[what] -= number
         current[name] = write.row
     _refuse_destroyed(connection, consumer, writes, current)
     for name in _destroyed(connection, consumer, writes):
@@ -74,10 +78,20 @@ def _count(connection: Connection, consumer: ConsumerId, more: dict[str, int], l
         raise LimitReached(f"a consumer has at most {limits.keys_per_consumer} keys")
     if more["row_count"] and row_count > limits.versions_per_consumer:
         raise LimitReached(f"a consumer's keys have at most {limits.versions_per_consumer} versions, attributes included")
+    for what, most in (("aliases", limits.aliases_per_consumer), ("tags", limits.tags_per_consumer)):
+        if more[what] > 0 and getattr(found, what) + more[what] > most:
+            raise LimitReached(f"a consumer's keys have at most {most} {what} in all")
     if more["row_bytes"] > 0 and row_bytes > limits.escrow_mib_per_consumer * 1024 * 1024:
         raise LimitReached(f"a consumer's wrapped keys have at most {limits.escrow_mib_per_consumer} MiB")
     values = {"keys": keys, "row_count": row_count, "row_bytes": row_bytes}
+    values |= {"aliases": found.aliases + more["aliases"], "tags": found.tags + more["tags"]}
     connection.execute(update(consumers).where(consumers.c.name == consumer).values(values))
+
+
+def _named(row: EscrowRow) -> dict[str, int]:
+    """How many aliases and tags the row of a key has."""
+    attributes = decode_attributes(row) if row.version == 0 else None
+    return {"aliases": len(attributes.aliases), "tags": len(attributes.tags)} if isinstance(attributes, KeyAttributes) else {}
 
 
 def _size(row: EscrowRow) -> int:

@@ -10,17 +10,11 @@ from sqlalchemy.dialects.sqlite import insert as upsert
 
 from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, LogEntry, decode_attributes
 from cipherfleet.contract.ids import ConsumerId, KeyId
-from cipherfleet.contract.key_life import ALIASED
+from cipherfleet.contract.key_life import terms_of
 from cipherfleet.contract.kmc_api import KeySearch, KeysFound
 from cipherfleet.kmc.schema import key_index, key_terms
 
 _BEHIND_ALL = "\U0010ffff"
-
-
-def terms_of(attributes: KeyAttributes) -> frozenset[str]:
-    """What a key is found by beside its columns, as whole words: ``KIND:VALUE``."""
-    tags = {f"tag:{name}={value}" for name, value in attributes.tags.items()}
-    return frozenset(tags | ({ALIASED} if attributes.aliases else set()))
 
 
 def note(connection: Connection, consumer: ConsumerId, rows: Sequence[EscrowRow], log: Sequence[LogEntry]) -> None:

@@ -27,6 +27,8 @@ consumers = Table(
     Column("row_bytes", Integer, nullable=False),
     Column("keys", Integer, nullable=False, server_default="0"),
     Column("row_count", Integer, nullable=False, server_default="0"),
+    Column("aliases", Integer, nullable=False, server_default="0"),
+    Column("tags", Integer, nullable=False, server_default="0"),
     Column("statement_sequence", Integer, nullable=False),  # the newest application statement's
 )
 
@@ -132,7 +134,7 @@ key_terms = Table(
     "key_terms",
     metadata,
     Column("consumer", String, ForeignKey("consumers.name"), primary_key=True),
-    Column("term", String, primary_key=True),  # KIND:VALUE, see key_index.terms_of
+    Column("term", String, primary_key=True),  # KIND:VALUE, see contract.key_life.terms_of
     Column("key", String, primary_key=True),
     Index("key_terms_key", "consumer", "key"),
 )

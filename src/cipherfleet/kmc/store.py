@@ -31,6 +31,8 @@ class Consumer(msgspec.Struct, frozen=True):
     row_bytes: int
     keys: int
     row_count: int
+    aliases: int
+    tags: int
     statement_sequence: int
 
     @property
@@ -195,6 +197,8 @@ def find_consumer(connection: Connection, name: ConsumerId) -> Consumer | None:
         row.row_bytes,
         row.keys,
         row.row_count,
+        row.aliases,
+        row.tags,
         row.statement_sequence,
     )
 

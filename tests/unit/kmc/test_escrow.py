@@ -1,11 +1,13 @@
 """The key escrow: what is committed, what is refused, and that what it shows can be checked without trusting it."""
 
 import asyncio
+import os
 import secrets
 import sqlite3
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
 import pytest
 from msgspec import structs
 
@@ -277,6 +279,39 @@ async def test_limits(world: World, vcm: TestVcm, limit: str, most: int) -> None
         await vcm.write(RowWrite(key_row("alice", version=0)))
     if limit != "changes_per_consumer":  # what is there may still change
         await vcm.write(RowWrite(structs.replace(row, wrapped=b"n" * 60), row_digest(row)))
+
+
+def named_row(replaces: EscrowRow | None = None, *, aliases: int = 0, tags: int = 0) -> EscrowRow:
+    """The row of a key with so many names."""
+    key = new_key_id() if replaces is None else replaces.key
+    previous = b"" if replaces is None else row_digest(replaces)
+    words = [str(number) for number in range(50)]
+    made = KeyAttributes(
+        "AES-256-GCM", KeyState.ENABLED, 1, 1, 0.0, previous=previous, aliases=tuple(words[:aliases]), tags=dict.fromkeys(words[:tags], "x")
+    )
+    return EscrowRow(ConsumerId("alice"), key, 0, msgspec.json.encode(made), os.urandom(60))
+
+
+@pytest.mark.parametrize(("what", "other"), [("aliases", "tags"), ("tags", "aliases")])
+async def test_aliases_and_tags_are_bounded_for_the_consumer(world: World, vcm: TestVcm, what: str, other: str) -> None:
+    world.center.settings = structs.replace(world.center.settings, **{f"{what}_per_consumer": 5})
+
+    def named(number: int, of: str = what, replaces: EscrowRow | None = None) -> EscrowRow:
+        return named_row(replaces, aliases=number) if of == "aliases" else named_row(replaces, tags=number)
+
+    first, second = named(3), named(2)
+    await vcm.write(RowWrite(first), RowWrite(second))
+    for rows in ([RowWrite(named(1))], [RowWrite(named(3, replaces=second), row_digest(second))]):
+        with pytest.raises(LimitReached, match=f"at most 5 {what} in all"):
+            await vcm.write(*rows)
+    await vcm.write(RowWrite(named(50, other)))
+    less, more = named(1, replaces=first), named(4, replaces=second)  # moved from one key to the other
+    await vcm.write(RowWrite(less, row_digest(first)), RowWrite(more, row_digest(second)))
+    await world.restart()
+    world.center.settings = structs.replace(world.center.settings, **{f"{what}_per_consumer": 3})  # less than there is
+    await vcm.write(RowWrite(named_row()), RowWrite(named(2, replaces=more), row_digest(more)))
+    with pytest.raises(LimitReached):
+        await vcm.write(RowWrite(named(1)))
 
 
 async def test_rows_leave_room_for_statements(world: World, alice: TestConsumer, vcm: TestVcm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from sqlalchemy import create_engine
 from cipherfleet.contract.errors import Malformed, ServiceOff
 from cipherfleet.contract.escrow import EscrowRow, KeyAttributes, KeyState, RowWrite, row_digest
 from cipherfleet.contract.ids import ConsumerId, KeyId, new_key_id
+from cipherfleet.contract.key_life import DUE
+from cipherfleet.contract.key_terms import KeyTerms
 from cipherfleet.contract.kmc_api import KeySearch, KeysFound
 from cipherfleet.kmc.schema import FILE, MIGRATIONS
 from cipherfleet.state.database import Database
@@ -49,6 +51,18 @@ async def find(vcm: TestVcm, search: KeySearch) -> Sequence[Sequence[KeyId]]:
         if found.after is None:
             return pages
         search = msgspec.structs.replace(search, after=found.after)
+
+
+async def test_what_falls_due_is_found(vcm: TestVcm) -> None:
+    def with_(**changes: object) -> EscrowRow:
+        row = attributes("")
+        of_key = msgspec.structs.replace(msgspec.json.decode(row.attributes, type=KeyAttributes), **changes)
+        return msgspec.structs.replace(row, attributes=msgspec.json.encode(of_key))
+
+    to_delete, by_time = with_(state=KeyState.PENDING_DELETION, delete_at=9.0), with_(terms=KeyTerms(rotation_s=60.0))
+    by_uses, resting = with_(terms=KeyTerms(rotation_uses=5)), with_(terms=KeyTerms(rotation_s=60.0), state=KeyState.DISABLED)
+    await vcm.write(*(RowWrite(row) for row in (attributes(""), to_delete, by_time, by_uses, resting)))
+    assert await find(vcm, KeySearch(terms=(DUE,))) == [(to_delete.key, by_time.key, by_uses.key)]
 
 
 async def test_by_label_state_and_algorithm(vcm: TestVcm) -> None:
