@@ -23,13 +23,19 @@ def test_batches_and_lists_by_the_command_line(plugged: Consumer, tmp_path: Path
         return command("key", *arguments, "--profile", profile, "--json").document  # type: ignore[no-any-return]
 
     before = [one["id"] for one in key("list")]
-    made = key("create", "--count", 3, "--label", "many")
+    made = key("create", "--count", 3, "--label", "many", "--max-uses", 7, "--tag", "env=test", "--tag", "team=a")
+    assert [(one["terms"]["max_uses"], one["tags"]) for one in made] == [(7, {"env": "test", "team": "a"})] * 3
     assert [(one["algorithm"], one["label"]) for one in made] == [("AES-256-GCM", "many")] * 3
     lines = tmp_path / "keys.jsonl"
-    brought = [{"algorithm": "HMAC-SHA-256", "material": base64.b64encode(os.urandom(32)).decode(), "label": f"b{n}"} for n in range(3)]
+    brought: list[dict[str, Any]] = [
+        {"algorithm": "HMAC-SHA-256", "material": base64.b64encode(os.urandom(32)).decode(), "label": f"b{n}"} for n in range(3)
+    ]
+    brought[2] |= {"terms": {"max_uses": 5}, "tags": {"env": "prod"}}
     lines.write_text("\n".join(json.dumps(line) for line in brought) + "\n\n")
     imported = key("import", "--batch", lines)
     assert [(one["label"], one["imported"]) for one in imported] == [("b0", True), ("b1", True), ("b2", True)]
+    assert imported[2]["tags"] == {"env": "prod"}
+    assert imported[2]["terms"]["max_uses"] == 5
     everything = [one["id"] for one in key("list")]
     assert everything == before + [one["id"] for one in made + imported]
     assert [one["id"] for one in key("list", "--limit", 1)] == everything[:1]
@@ -41,6 +47,8 @@ def test_batches_and_lists_by_the_command_line(plugged: Consumer, tmp_path: Path
     for arguments in (
         ("import", "--batch", lines),
         ("import", "AES-256-GCM", "--batch", lines),
+        ("import", "--batch", lines, "--max-uses", 1),
+        ("create", "--tag", "env"),
         ("import",),
         ("list", "--all", "--limit", 2),
     ):

@@ -73,7 +73,7 @@ class Vcm:
         self._kmc = kmc
         self._card = WatchedCard(card, self.end)
         self.escrow = Escrow(consumer, kmc, kmc_signing_key)
-        self._keys = Keys(self.escrow, self._card)
+        self._keys = Keys(self.escrow, self._card, most_tags=settings.tags_per_key)
         self.data_audit = DataAudit(kmc, settings)
         self.chores = Chores(self._keys, settings.chores_s)
         self._transfer = Transfer(self._keys, self._card, settings)

@@ -5,7 +5,7 @@ Every change is made in the card, committed by the escrow, and only then visible
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import NamedTuple
 
@@ -41,6 +41,9 @@ from cipherfleet.contract.escrow import (
 )
 from cipherfleet.contract.ids import KeyId, new_key_id
 from cipherfleet.contract.key_life import (
+    MAX_TAGS,
+    NO_TAGS,
+    check_tags,
     check_terms,
     deletion_due,
     destroyed,
@@ -68,7 +71,7 @@ from cipherfleet.contract.vcc import (
     VirtualCryptoCard,
 )
 from cipherfleet.contract.vcm import KeyUse
-from cipherfleet.contract.vcm_api import KeyDescription, KeyImportRequest, KeyListReply, KeyQuery
+from cipherfleet.contract.vcm_api import KeyDescription, KeyImportRequest, KeyListReply, KeyQuery, KeysCreateRequest
 
 
 class Derivation(NamedTuple):
@@ -93,8 +96,10 @@ AT_ONCE = 32
 class Keys:
     """Implements ``contract.vcm.KeyStore``."""
 
-    def __init__(self, escrow: Escrow, card: VirtualCryptoCard, wall_clock: Callable[[], float] = time.time) -> None:
-        self._escrow, self._card, self._wall_clock = escrow, card, wall_clock
+    def __init__(
+        self, escrow: Escrow, card: VirtualCryptoCard, wall_clock: Callable[[], float] = time.time, *, most_tags: int = MAX_TAGS
+    ) -> None:
+        self._escrow, self._card, self._wall_clock, self._most_tags = escrow, card, wall_clock, most_tags
         self._revisions: dict[KeyId, int] = {}  # of keys that changed
         self._handles = Handles(card)
         self._uses = Uses(self._reserve)
@@ -103,24 +108,38 @@ class Keys:
 
     # -- the port ------------------------------------------------------------------------------------------------------
 
-    async def create(self, name: str, *, label: str, actor: str, bare: bool = False, terms: KeyTerms = NO_TERMS) -> KeyDescription:
-        """A new key. Raises ``AlgorithmUnknown``, ``WrongKeyType``, ``Malformed``, ``KmcUnavailable`` or what the card says."""
-        return await self._create(name, None, label, actor, "key-create", bare, check_terms(terms))
+    async def create(
+        self,
+        name: str,
+        *,
+        label: str,
+        actor: str,
+        bare: bool = False,
+        terms: KeyTerms = NO_TERMS,
+        tags: Mapping[str, str] = NO_TAGS,
+    ) -> KeyDescription:
+        """A new key.
 
-    async def import_key(self, name: str, sealed: bytes, *, label: str, actor: str, bare: bool = False) -> KeyDescription:
+        Raises ``AlgorithmUnknown``, ``WrongKeyType``, ``Malformed``, ``TooLarge``, ``LimitReached``, ``KmcUnavailable``, or what the
+        card says.
+        """
+        return await self._create(self._first(name, label, actor, bare, terms, tags), None, actor, "key-create")
+
+    async def import_key(self, key: KeyImportRequest, *, actor: str) -> KeyDescription:
         """A new key of material that was sealed to this card. Raises as ``create``, ``SealedForeign`` or ``KeyMaterialInvalid``."""
-        return await self._create(name, sealed, label, actor, "key-import", bare, NO_TERMS)
+        return await self._create(self._first_of(key, actor), key.sealed, actor, "key-import")
 
     async def derive(
         self, source: KeyUse, name: str, context: bytes, salt: bytes, *, label: str, actor: str, bare: bool, terms: KeyTerms
     ) -> KeyDescription:
         """A new key that ``source`` gives in the card, the same each time. Raises as ``create``."""
         derivation = Derivation(source.handle, context, salt)
-        return await self._create(name, derivation, label, actor, "key-derive", bare, check_terms(terms))
+        return await self._create(self._first(name, label, actor, bare, terms, NO_TAGS), derivation, actor, "key-derive")
 
-    async def create_many(self, name: str, labels: Sequence[str], *, actor: str, bare: bool = False) -> list[KeyDescription]:
+    async def create_many(self, wanted: KeysCreateRequest, *, actor: str) -> list[KeyDescription]:
         """A key for each label, all or none. Raises as ``create``."""
-        return await self._create_many([KeyImportRequest(name, b"", label, bare) for label in labels], actor, "key-create")
+        alike = KeyImportRequest(wanted.algorithm, b"", "", wanted.bare, wanted.terms, wanted.tags)
+        return await self._create_many([msgspec.structs.replace(alike, label=label) for label in wanted.labels], actor, "key-create")
 
     async def import_many(self, keys: Sequence[KeyImportRequest], *, actor: str) -> list[KeyDescription]:
         """All of these, or none. Raises as ``import_key``."""
@@ -140,14 +159,20 @@ class Keys:
             raise ImportTokenUsed("the import token was used before") from exc
         return await self.describe(token.key)
 
-    async def _create(
-        self, name: str, sealed: Imported | None, label: str, actor: str, event: str, bare: bool, terms: KeyTerms
-    ) -> KeyDescription:
+    def _first(self, name: str, label: str, actor: str, bare: bool, terms: KeyTerms, tags: Mapping[str, str]) -> KeyAttributes:
+        """The attributes of a new key."""
+        made = _first_attributes(name, label, actor, bare)
+        checked = check_tags(dict(tags), self._most_tags)
+        return msgspec.structs.replace(made, created_at=self._wall_clock(), terms=check_terms(terms), tags=checked)
+
+    def _first_of(self, key: KeyImportRequest, actor: str) -> KeyAttributes:
+        return self._first(key.algorithm, key.label, actor, key.bare, key.terms, key.tags)
+
+    async def _create(self, attributes: KeyAttributes, sealed: Imported | None, actor: str, event: str) -> KeyDescription:
         self._require_loaded()
         await self._escrow.require()
-        key, now, attributes = new_key_id(), self._wall_clock(), _first_attributes(name, label, actor, bare)
-        attributes = msgspec.structs.replace(attributes, created_at=now, terms=terms)
-        await self._write_version(key, attributes, None, now, actor, event, sealed)
+        key = new_key_id()
+        await self._write_version(key, attributes, None, attributes.created_at, actor, event, sealed)
         return await self.describe(key)
 
     async def _create_many(self, wanted: Sequence[KeyImportRequest], actor: str, event: str) -> list[KeyDescription]:
@@ -155,15 +180,16 @@ class Keys:
         self._require_loaded()
         await self._escrow.require()
         turns, imported = asyncio.Semaphore(AT_ONCE), event == "key-import"
+        first = [self._first_of(one, actor) for one in wanted]  # before the card makes any
 
-        async def make(one: KeyImportRequest) -> tuple[EscrowRow, EscrowRow]:
-            attributes, key = _first_attributes(one.algorithm, one.label, actor, one.bare), new_key_id()
+        async def make(attributes: KeyAttributes, sealed: bytes) -> tuple[EscrowRow, EscrowRow]:
+            key = new_key_id()
             async with turns:
-                made = await self._make(key, attributes, attributes.created_at, one.sealed if imported else None)
+                made = await self._make(key, attributes, attributes.created_at, sealed if imported else None)
                 await self._handles.drop(made.value)
                 return codec.decode(made.parameters, EscrowRow), await self.seal(key, attributes, None)
 
-        made = await asyncio.gather(*(make(one) for one in wanted), return_exceptions=True)
+        made = await asyncio.gather(*(make(of, one.sealed) for of, one in zip(first, wanted, strict=True)), return_exceptions=True)
         rows: list[EscrowRow] = []
         for pair in made:
             if isinstance(pair, BaseException):

@@ -5,6 +5,8 @@ with it (encrypting, signing, a MAC), *processing* is reading or checking what i
 """
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import msgspec
 
@@ -38,6 +40,9 @@ MAX_TAG_NAME_CHARACTERS, MAX_TAG_CHARACTERS = 128, 256
 MAX_TAG_BYTES = 3 * 1024
 """Of all tags of a key, as JSON: attributes travel whole."""
 MAX_ALIAS_BYTES = 3 * 1024
+MAX_TAGS = 50
+"""Of a key, whatever the settings say."""
+NO_TAGS: Mapping[str, str] = MappingProxyType({})
 DAY_S = 86400.0
 
 _ALIAS_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9/_.-]{0,126}[A-Za-z0-9_])?")

@@ -1,6 +1,6 @@
 """What a VCM gives to the network components it hosts: the port between ``computing`` and ``services``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -10,7 +10,7 @@ from cipherfleet.contract.audit import AuditLog, AuditQuery, KeyUsage
 from cipherfleet.contract.escrow import KeyState
 from cipherfleet.contract.identities import Peer
 from cipherfleet.contract.ids import ConsumerId, KeyId, VcmId
-from cipherfleet.contract.key_life import KeyUpdate
+from cipherfleet.contract.key_life import NO_TAGS, KeyUpdate
 from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.policy import Policy
 from cipherfleet.contract.statements import Right, Signed
@@ -24,6 +24,7 @@ from cipherfleet.contract.vcm_api import (
     KeyImportRequest,
     KeyListReply,
     KeyQuery,
+    KeysCreateRequest,
     LoginReply,
     ReceiptReply,
     WrappedImportRequest,
@@ -48,15 +49,24 @@ class KeyStore(Protocol):
         """What the consumer permits itself; the card enforces it."""
         ...
 
-    async def create(self, algorithm: str, *, label: str, actor: str, bare: bool = False, terms: KeyTerms = NO_TERMS) -> KeyDescription: ...
+    async def create(
+        self,
+        algorithm: str,
+        *,
+        label: str,
+        actor: str,
+        bare: bool = False,
+        terms: KeyTerms = NO_TERMS,
+        tags: Mapping[str, str] = NO_TAGS,
+    ) -> KeyDescription: ...
 
-    async def import_key(self, algorithm: str, sealed: bytes, *, label: str, actor: str, bare: bool = False) -> KeyDescription: ...
+    async def import_key(self, key: KeyImportRequest, *, actor: str) -> KeyDescription: ...
 
     async def derive(
         self, source: KeyUse, algorithm: str, context: bytes, salt: bytes, *, label: str, actor: str, bare: bool, terms: KeyTerms
     ) -> KeyDescription: ...
 
-    async def create_many(self, algorithm: str, labels: Sequence[str], *, actor: str, bare: bool = False) -> Sequence[KeyDescription]:
+    async def create_many(self, wanted: KeysCreateRequest, *, actor: str) -> Sequence[KeyDescription]:
         """All of them, or none."""
         ...
 

@@ -8,6 +8,7 @@
 
 import msgspec
 
+from cipherfleet.contract.algorithms import Algorithm
 from cipherfleet.contract.escrow import Consent
 from cipherfleet.contract.ids import CardId, KeyId, VcmId
 from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
@@ -16,6 +17,13 @@ from cipherfleet.contract.statements import Signed
 
 MAX_KEYS_AT_ONCE = 1000
 """In one page, or in one batch."""
+RSA_KEYS_AT_ONCE = {2048: 64, 3072: 16, 4096: 8}
+"""By the modulus' bits: finding primes takes up to some seconds for a key on a busy host, and a caller waits for the whole batch."""
+
+
+def keys_at_once(chosen: Algorithm) -> int:
+    """How many keys of an algorithm are made in one batch."""
+    return RSA_KEYS_AT_ONCE.get(chosen.key_bits, 1) if chosen.family == "RSA" else MAX_KEYS_AT_ONCE
 
 
 class LoginReply(Message, frozen=True):
@@ -35,6 +43,7 @@ class KeyCreateRequest(Message, frozen=True):
     label: str = ""
     bare: bool = False  # an AEAD key whose ciphertexts are what its standard says: nonce || ciphertext || tag
     terms: KeyTerms = NO_TERMS
+    tags: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class KeyDeriveRequest(Message, frozen=True):
@@ -63,6 +72,8 @@ class KeyImportRequest(Message, frozen=True):
     sealed: bytes
     label: str = ""
     bare: bool = False
+    terms: KeyTerms = NO_TERMS
+    tags: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class KeyDescription(Message, frozen=True):
@@ -91,11 +102,13 @@ class KeyDescription(Message, frozen=True):
 
 
 class KeysCreateRequest(Message, frozen=True):
-    """One key for each label, 1 to ``MAX_KEYS_AT_ONCE``, all or none."""
+    """One key for each label, 1 to ``keys_at_once`` of the algorithm, all or none; all of the same terms and tags."""
 
     algorithm: str
     labels: tuple[str, ...]
     bare: bool = False
+    terms: KeyTerms = NO_TERMS
+    tags: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class KeysImportRequest(Message, frozen=True):

@@ -29,6 +29,9 @@ T = TypeVar("T")
 SHOWN = 1000
 MAX_BATCH_FILE_BYTES = 512 * 1024 * 1024
 Bare = Annotated[bool, typer.Option(help="An AEAD key whose ciphertexts are nonce, ciphertext and tag as the standard has them.")]
+Exportable = Annotated[bool, typer.Option(help="It may leave the card, wrapped; fixed for ever.")]
+TwoPerson = Annotated[bool, typer.Option(help="Nothing of it is destroyed unless two applications want it.")]
+Tag = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A tag; as often as wanted.", show_default=False)]
 KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id, or alias/NAME.")]
 
 
@@ -44,32 +47,24 @@ def create(
     rotate_days: RotateDays = None,
     rotate_uses: RotateUses = None,
     max_uses: MaxUses = None,
-    exportable: Annotated[bool, typer.Option(help="It may leave the card, wrapped; fixed for ever.")] = False,
-    two_person: Annotated[bool, typer.Option(help="Nothing of it is destroyed unless two applications want it.")] = False,
-    count: Annotated[int, typer.Option(min=1, max=100_000, help="How many; of each thousand all are made, or none.")] = 1,
+    exportable: Exportable = False,
+    two_person: TwoPerson = False,
+    tag: Tag = None,
+    count: Annotated[int, typer.Option(min=1, max=100_000, help="How many; of each thousand (of RSA fewer) all are made, or none.")] = 1,
     json: Json = False,
 ) -> None:
     """Make a key, or many alike; it is safe in the key escrow before this returns."""
     if name and algorithm and name != algorithm:
         raise Malformed("two algorithms are given", "give one")
     chosen = algorithm or name or "AES-256-GCM"
-    terms = KeyTerms(
-        not_before=seconds(not_before) or 0.0,
-        not_after=seconds(not_after) or 0.0,
-        rotation_s=period(rotate_days) or 0.0,
-        rotation_uses=rotate_uses or 0,
-        max_uses=max_uses or 0,
-        exportable=exportable,
-        two_person=two_person,
-    )
+    terms = _terms(not_before, not_after, rotate_days, rotate_uses, max_uses, exportable, two_person)
+    tags = dict(map(_tag, tag or ()))
     if count > 1:
-        if terms != NO_TERMS:
-            raise Malformed("many keys at once are made without terms", "make them one by one")
         with output.counting("making keys", count, quiet=json) as done:
-            made = ask(profile, lambda client: client.create_keys(chosen, [label] * count, bare=bare, done=done))
+            made = ask(profile, lambda client: client.create_keys(chosen, [label] * count, bare=bare, terms=terms, tags=tags, done=done))
         _show_all(made, as_json=json)
         return
-    show_key(ask(profile, lambda client: client.create_key(chosen, label=label, bare=bare, terms=terms)), as_json=json)
+    show_key(ask(profile, lambda client: client.create_key(chosen, label=label, bare=bare, terms=terms, tags=tags)), as_json=json)
 
 
 @app.command("import")
@@ -79,18 +74,31 @@ def import_(
     source: In = None,
     batch: Annotated[
         Path | None,
-        typer.Option(help='Many keys: lines of {"algorithm", "material" (base64), "label"}; - is standard input.', show_default=False),
+        typer.Option(
+            help='Many keys: lines of {"algorithm", "material" (base64), "label", "bare", "terms", "tags"}; - is standard input.',
+            show_default=False,
+        ),
     ] = None,
     label: Annotated[str, typer.Option(help="A name for people.")] = "",
     bare: Bare = False,
+    not_before: NotBefore = None,
+    not_after: NotAfter = None,
+    rotate_days: RotateDays = None,
+    rotate_uses: RotateUses = None,
+    max_uses: MaxUses = None,
+    exportable: Exportable = False,
+    two_person: TwoPerson = False,
+    tag: Tag = None,
     json: Json = False,
 ) -> None:
     """Bring a key of your own: raw bytes, or a private key as PKCS#8. It is sealed to the card here, before it leaves.
 
-    With --batch many at once: of each thousand all are in the escrow then, or none.
+    With --batch many at once: of each thousand all are in the escrow then, or none. A line's terms are named as in `key show`, times in
+    unix seconds.
     """
+    terms = _terms(not_before, not_after, rotate_days, rotate_uses, max_uses, exportable, two_person)
     if batch is not None:
-        if algorithm is not None or source is not None or label or bare:
+        if algorithm is not None or source is not None or label or bare or tag or terms != NO_TERMS:
             raise Malformed("a batch says of each key what it is", "give --batch alone")
         keys = read_keys(batch)
         with output.counting("importing keys", len(keys), quiet=json) as done:
@@ -99,8 +107,10 @@ def import_(
         return
     if algorithm is None:
         raise Malformed("no algorithm is given", "see: cipherfleet algorithms")
-    material = read_small(source)
-    show_key(ask(profile, lambda client: client.import_key(algorithm, material, label=label, bare=bare)), as_json=json)
+    material, tags = read_small(source), dict(map(_tag, tag or ()))
+    show_key(
+        ask(profile, lambda client: client.import_key(algorithm, material, label=label, bare=bare, terms=terms, tags=tags)), as_json=json
+    )
 
 
 @app.command("list")
@@ -263,6 +273,26 @@ def cancel_deletion(key: KeyArgument, profile: ProfileFile, json: Json = False) 
     show_key(ask(profile, lambda client: client.cancel_key_deletion(key)), as_json=json)
 
 
+def _terms(
+    not_before: str | None,
+    not_after: str | None,
+    rotate_days: float | None,
+    rotate_uses: int | None,
+    max_uses: int | None,
+    exportable: bool,
+    two_person: bool,
+) -> KeyTerms:
+    return KeyTerms(
+        not_before=seconds(not_before) or 0.0,
+        not_after=seconds(not_after) or 0.0,
+        rotation_s=period(rotate_days) or 0.0,
+        rotation_uses=rotate_uses or 0,
+        max_uses=max_uses or 0,
+        exportable=exportable,
+        two_person=two_person,
+    )
+
+
 def _tag(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
@@ -295,7 +325,7 @@ def read_keys(path: Path) -> list[NewKey]:
     for number, line in enumerate(read_small(None if str(path) == "-" else path, MAX_BATCH_FILE_BYTES).splitlines(), 1):
         if line.strip():
             one = codec.decode(line, _Line, what=f"line {number}")
-            keys.append(NewKey(one.algorithm, one.material, one.label, one.bare))
+            keys.append(NewKey(one.algorithm, one.material, one.label, one.bare, one.terms, one.tags))
     if not keys:
         raise Malformed("there is no key in the batch")
     return keys
@@ -306,6 +336,8 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     material: bytes
     label: str = ""
     bare: bool = False
+    terms: KeyTerms = NO_TERMS
+    tags: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 def _show_all(keys: Sequence[KeyDescription], *, as_json: bool) -> None:

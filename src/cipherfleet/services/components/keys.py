@@ -8,7 +8,7 @@ import msgspec
 from cipherfleet.channel import codec
 from cipherfleet.channel.server import Call
 from cipherfleet.contract.algorithms import Kind, Use, algorithm
-from cipherfleet.contract.errors import Malformed, ServiceUnavailable, WrongKeyType
+from cipherfleet.contract.errors import Malformed, ServiceUnavailable, TooLarge, WrongKeyType
 from cipherfleet.contract.escrow import KeyState
 from cipherfleet.contract.key_life import check_label, tag_term
 from cipherfleet.contract.statements import Right
@@ -24,6 +24,7 @@ from cipherfleet.contract.vcm_api import (
     KeyQuery,
     KeysCreateRequest,
     KeysImportRequest,
+    keys_at_once,
 )
 from cipherfleet.services import wire
 from cipherfleet.services.components.bodies import header_version, whole_number
@@ -52,7 +53,7 @@ class Keys:
         """It is acknowledged after the escrow has it."""
         request = await self._routes.body(call).message(KeyCreateRequest)
         return await self._routes.host.keys.create(
-            _check(request), label=request.label, actor=actor(call), bare=request.bare, terms=request.terms
+            _check(request), label=request.label, actor=actor(call), bare=request.bare, terms=request.terms, tags=request.tags
         )
 
     async def derive(self, call: Call) -> KeyDescription:
@@ -78,9 +79,8 @@ class Keys:
     async def import_key(self, call: Call) -> KeyDescription:
         """The material passes through here sealed to the card."""
         request = await self._routes.body(call).message(KeyImportRequest)
-        return await self._routes.host.keys.import_key(
-            _check(request), request.sealed, label=request.label, actor=actor(call), bare=request.bare
-        )
+        _check(request)
+        return await self._routes.host.keys.import_key(request, actor=actor(call))
 
     async def create_many(self, call: Call) -> KeyListReply:
         """All of them, or none."""
@@ -88,7 +88,12 @@ class Keys:
         _check_count(len(request.labels))
         for label in dict.fromkeys(request.labels):
             _check(KeyCreateRequest(request.algorithm, label, request.bare))
-        made = await self._routes.host.keys.create_many(request.algorithm, request.labels, actor=actor(call), bare=request.bare)
+        chosen = algorithm(request.algorithm)
+        if len(request.labels) > keys_at_once(chosen):
+            raise TooLarge(
+                f"a batch makes at most {keys_at_once(chosen)} keys of {chosen.name}, which take long", "make them in several batches"
+            )
+        made = await self._routes.host.keys.create_many(request, actor=actor(call))
         return KeyListReply(tuple(made))
 
     async def import_many(self, call: Call) -> KeyListReply:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Self, TypeAlias
 from urllib.parse import quote, urlencode
 
+from cipherfleet.channel import codec
 from cipherfleet.channel.audit_check import AuditCheck, AuditVerdict
 from cipherfleet.contract.algorithms import Algorithm
+from cipherfleet.contract.algorithms import algorithm as named
 from cipherfleet.contract.audit import MAX_PAGE, AuditEntry, AuditLog, AuditQuery
 from cipherfleet.contract.errors import CertificateInvalid, TooLarge
 from cipherfleet.contract.ids import KeyId
-from cipherfleet.contract.key_life import ALIAS_PREFIX, KeyUpdate
+from cipherfleet.contract.key_life import ALIAS_PREFIX, NO_TAGS, KeyUpdate
 from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.messages import Done
 from cipherfleet.contract.profile import Profile
@@ -42,6 +44,7 @@ from cipherfleet.contract.vcm_api import (
     SignatureReply,
     TrimRequest,
     WrappedImportRequest,
+    keys_at_once,
 )
 from cipherfleet.services import wire
 from cipherfleet.services.middleware.connection import Connection, read_profile
@@ -86,16 +89,31 @@ class Client:
     # -- keys ----------------------------------------------------------------------------------------------------------
 
     async def create_key(
-        self, algorithm: str = "AES-256-GCM", *, label: str = "", bare: bool = False, terms: KeyTerms = NO_TERMS
+        self,
+        algorithm: str = "AES-256-GCM",
+        *,
+        label: str = "",
+        bare: bool = False,
+        terms: KeyTerms = NO_TERMS,
+        tags: Mapping[str, str] = NO_TAGS,
     ) -> KeyDescription:
         """A new key; it is in the key escrow when this returns. ``bare``: its ciphertexts are ``nonce || ciphertext || tag``.
 
         Raises ``AlgorithmUnknown``.
         """
-        request = KeyCreateRequest(algorithm, label, bare, terms)
+        request = KeyCreateRequest(algorithm, label, bare, terms, dict(tags))
         return await self._connection.ask("POST", "/v1/keys", KeyDescription, body=request, safe=False)
 
-    async def import_key(self, algorithm: str, material: bytes, *, label: str = "", bare: bool = False) -> KeyDescription:
+    async def import_key(
+        self,
+        algorithm: str,
+        material: bytes,
+        *,
+        label: str = "",
+        bare: bool = False,
+        terms: KeyTerms = NO_TERMS,
+        tags: Mapping[str, str] = NO_TAGS,
+    ) -> KeyDescription:
         """A new key of the caller's own ``material``: raw bytes of a symmetric key, PKCS#8 (PEM or DER, unencrypted) of a private one.
 
         It travels sealed to the card that takes it; the VCM and the key escrow see it wrapped alone. Raises ``CardUntrusted``,
@@ -103,19 +121,28 @@ class Client:
         """
         target = await self._connection.ask("GET", "/v1/import", ImportTarget)
         sealed = seal_material(self.profile, target, algorithm, material)
-        request = KeyImportRequest(algorithm, sealed, label, bare)
+        request = KeyImportRequest(algorithm, sealed, label, bare, terms, dict(tags))
         return await self._connection.ask("POST", "/v1/import", KeyDescription, body=request, safe=False)
 
     async def create_keys(
-        self, algorithm: str, labels: Sequence[str], *, bare: bool = False, done: Callable[[int], object] = lambda _: None
+        self,
+        algorithm: str,
+        labels: Sequence[str],
+        *,
+        bare: bool = False,
+        terms: KeyTerms = NO_TERMS,
+        tags: Mapping[str, str] = NO_TAGS,
+        done: Callable[[int], object] = lambda _: None,
     ) -> tuple[KeyDescription, ...]:
-        """A new key for each label, a thousand in one request; of each request all are made, or none.
+        """A new key for each label, all of the same terms and tags; of each request all are made, or none.
 
+        A request has a thousand keys, of RSA ``contract.vcm_api.RSA_KEYS_AT_ONCE``, as those take long.
         ``done`` is called with the number of keys that are in the escrow so far.
         """
         made: list[KeyDescription] = []
-        for start in range(0, len(labels), MAX_KEYS_AT_ONCE):
-            request = KeysCreateRequest(algorithm, tuple(labels[start : start + MAX_KEYS_AT_ONCE]), bare)
+        most = keys_at_once(named(algorithm))
+        for start in range(0, len(labels), most):
+            request = KeysCreateRequest(algorithm, tuple(labels[start : start + most]), bare, terms, dict(tags))
             made += (await self._connection.ask("POST", "/v1/keys/batch", KeyListReply, body=request, safe=False)).keys
             done(len(made))
         return tuple(made)
@@ -130,10 +157,10 @@ class Client:
             asked: list[KeyImportRequest] = []
             size = 0
             for key, one in zip(some, sealed, strict=True):
-                size += len(one) * 4 // 3 + MAX_KEY_OVERHEAD_BYTES
+                size += len(one) * 4 // 3 + MAX_KEY_OVERHEAD_BYTES + len(codec.encode(key.tags))
                 if asked and size > wire.MAX_BATCH_BYTES:
                     break
-                asked.append(KeyImportRequest(key.algorithm, one, key.label, key.bare))
+                asked.append(KeyImportRequest(key.algorithm, one, key.label, key.bare, key.terms, key.tags))
             request = KeysImportRequest(tuple(asked))
             made += (await self._connection.ask("POST", "/v1/import/batch", KeyListReply, body=request, safe=False)).keys
             done(len(made))

@@ -11,6 +11,7 @@ from cipherfleet.channel import codec
 from cipherfleet.channel.sealing import check_card, import_info
 from cipherfleet.contract.algorithms import algorithm
 from cipherfleet.contract.errors import CardUntrusted, KeyMaterialInvalid
+from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.vcc import KeyMaterial
 from cipherfleet.contract.vcm_api import ImportTarget
@@ -25,6 +26,8 @@ class NewKey(NamedTuple):
     material: bytes
     label: str = ""
     bare: bool = False
+    terms: KeyTerms = NO_TERMS
+    tags: dict[str, str] = {}  # noqa: RUF012 - never changed
 
 
 def seal_material(profile: Profile, target: ImportTarget, name: str, material: bytes) -> bytes:

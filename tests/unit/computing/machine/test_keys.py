@@ -46,7 +46,7 @@ from cipherfleet.contract.settings import Settings
 from cipherfleet.contract.statements import CheckpointStatement
 from cipherfleet.contract.vcc import CardDescription, KeyMaterial, Operation, StreamRequest, Verb
 from cipherfleet.contract.vcm import KeyStore
-from cipherfleet.contract.vcm_api import KeyDescription, KeyImportRequest, KeyQuery
+from cipherfleet.contract.vcm_api import KeyDescription, KeyImportRequest, KeyQuery, KeysCreateRequest
 from tests.unit.computing.machine.fake_kmc import EPOCH, FakeConsumer, FakeKmc, signed
 from tests.unit.computing.machine.stage import CardOfTests
 
@@ -157,11 +157,13 @@ async def test_an_imported_key_is_in_the_escrow_and_says_what_it_is(world: World
     vcm = codec.decode((await store.card.submit(Operation.DESCRIBE)).parameters, CardDescription)
     card = TrustedCard(vcm.card, world.card.card.transport.hpke_public_key)
     material = codec.encode(KeyMaterial(store.consumer.name, "AES-256-GCM", bytes(range(32))))
-    made = await store.keys.import_key("AES-256-GCM", card.seal(material, import_info(vcm.card, vcm.vcm)), label="mine", actor="a")
+    made = await store.keys.import_key(
+        KeyImportRequest("AES-256-GCM", card.seal(material, import_info(vcm.card, vcm.vcm)), "mine"), actor="a"
+    )
     assert made.imported
     assert await store.decrypt(made.id, 1, await store.encrypt(made.id, b"hello")) == b"hello"
     with pytest.raises(SealedForeign):
-        await store.keys.import_key("AES-256-GCM", b"x" * 2000, label="", actor="a")
+        await store.keys.import_key(KeyImportRequest("AES-256-GCM", b"x" * 2000, ""), actor="a")
     rotated = await store.keys.rotate(made.id, actor="a")
     assert not rotated.imported  # the card made the new version
     assert set(store.consumer.rows) == {(made.id, 0), (made.id, 1), (made.id, 2)}
@@ -315,7 +317,7 @@ async def test_asking_for_unknown_keys_does_not_flood_the_escrow(store: Store) -
 
 async def test_many_at_once_are_all_there(world: World, store: Store) -> None:
     loaded = (await describe(store)).keys
-    made = await store.keys.create_many("aes-256-gcm", [f"key {n}" for n in range(100)], actor="a")
+    made = await store.keys.create_many(KeysCreateRequest("aes-256-gcm", tuple([f"key {n}" for n in range(100)])), actor="a")
     assert [key.label for key in made] == [f"key {n}" for n in range(100)]
     assert store.consumer.calls.count("POST /v1/escrow") == 1
     assert (await describe(store)).keys == loaded  # a key is loaded when it is used
@@ -323,7 +325,7 @@ async def test_many_at_once_are_all_there(world: World, store: Store) -> None:
     other = await world.store()
     assert await listed(other.keys) == made
     assert await other.decrypt(made[7].id, 1, await store.encrypt(made[7].id, b"hello")) == b"hello"
-    signers = await store.keys.create_many("Ed25519", ["", ""], actor="a")
+    signers = await store.keys.create_many(KeysCreateRequest("Ed25519", ("", "")), actor="a")
     assert len({key.public_key for key in signers}) == 2
 
 
@@ -345,7 +347,7 @@ async def test_of_many_none_is_there_when_one_is_wrong(world: World, store: Stor
 
 
 async def test_pages_are_in_the_order_of_creation_and_whole(world: World, store: Store) -> None:
-    made = await store.keys.create_many("AES-256-GCM", [str(n) for n in range(7)], actor="a")
+    made = await store.keys.create_many(KeysCreateRequest("AES-256-GCM", tuple([str(n) for n in range(7)])), actor="a")
     first = await store.keys.list_keys(KeyQuery(limit=3))
     assert [key.label for key in first.keys] == ["0", "1", "2"]
     made.append(await store.keys.create("AES-256-GCM", label="new", actor="a"))
@@ -365,7 +367,7 @@ async def test_a_token_that_is_none_of_ours(store: Store, after: str) -> None:
 
 async def test_what_the_index_finds_is_a_hint(store: Store) -> None:
     """The KMC's index may name too much or lag behind; what a key is, its row says."""
-    made = await store.keys.create_many("AES-256-GCM", ["shop/a", "shop/b", "billing"], actor="a")
+    made = await store.keys.create_many(KeysCreateRequest("AES-256-GCM", ("shop/a", "shop/b", "billing")), actor="a")
     found = [key.id for key in await listed(store.keys, KeyQuery(label="shop/"))]
     assert found == [made[0].id, made[1].id]
     store.consumer.found = (*(key.id for key in made), new_key_id())
@@ -376,7 +378,7 @@ async def test_what_the_index_finds_is_a_hint(store: Store) -> None:
 
 
 async def test_whoever_was_idle_longest_makes_room(world: World, store: Store) -> None:
-    made = await store.keys.create_many("AES-256-GCM", [""] * 50, actor="a")
+    made = await store.keys.create_many(KeysCreateRequest("AES-256-GCM", tuple([""] * 50)), actor="a")
     world.card.limit_keys(40)
     uses = [await store.keys.use(key.id) for key in made]
     assert (await describe(store)).keys <= 40
@@ -392,7 +394,7 @@ async def test_whoever_was_idle_longest_makes_room(world: World, store: Store) -
 
 
 async def test_a_stream_keeps_its_key(world: World, store: Store) -> None:
-    made = await store.keys.create_many("AES-256-GCM", [""] * 80, actor="a")
+    made = await store.keys.create_many(KeysCreateRequest("AES-256-GCM", tuple([""] * 80)), actor="a")
     world.card.limit_keys(40)
     with store.keys.hold():
         use = await store.keys.use(made[0].id)
@@ -407,7 +409,7 @@ async def test_a_stream_keeps_its_key(world: World, store: Store) -> None:
 
 async def test_a_small_cache_serves_all_the_same(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store.escrow._cache, "_limit", 4000)
-    made = await store.keys.create_many("AES-256-GCM", [str(n) for n in range(50)], actor="a")
+    made = await store.keys.create_many(KeysCreateRequest("AES-256-GCM", tuple([str(n) for n in range(50)])), actor="a")
     assert len(store.escrow._cache) < 20
     assert await listed(store.keys, KeyQuery(limit=7)) == made
     assert len(await asyncio.gather(*(store.encrypt(key.id, b"x") for key in made))) == 50
