@@ -22,8 +22,9 @@ from typing import Any
 from cipherfleet.computing import vcc_memory
 from cipherfleet.computing.card import Card
 from cipherfleet.computing.card_engine import Engine
-from cipherfleet.computing.card_function import Answer, VirtualFunction, Work
+from cipherfleet.computing.card_function import VirtualFunction
 from cipherfleet.computing.card_rates import Rate, Statistics
+from cipherfleet.computing.card_request import Answer, Work
 from cipherfleet.computing.engine_memory import Pause, no_pause
 from cipherfleet.computing.vcc_device import Device
 from cipherfleet.contract.errors import CipherfleetError, Internal, Malformed, VcmUnknown

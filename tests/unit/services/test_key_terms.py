@@ -47,7 +47,7 @@ async def test_the_card_itself_keeps_to_the_end_of_a_key(client: Client, stage: 
     key = await client.create_key(terms=KeyTerms(not_after=end))
     ciphertext = await client.encrypt(key.id, b"data")
     await client.update_key(key.id, not_after=end + 1000)
-    stage.host.card.function._wall_clock = lambda: end
+    stage.host.card.function.permit.wall_clock = lambda: end
     with pytest.raises(KeyExpired):
         await client.encrypt(key.id, b"data")
     with pytest.raises(KeyExpired):

@@ -104,7 +104,7 @@ async def test_tokens_that_are_not_good(client: Client, stage: Stage, tmp_path: 
     for bad in (b"", wrapped[:-1], wrapped + b"x", bytes(384), oaep(asked.public_key, bytes(31), tmp_path)):
         with pytest.raises(KeyMaterialInvalid):
             await client.import_wrapped(asked.token, bad)
-    stage.host.card.function._wall_clock = lambda: asked.expires_at
+    stage.host.card.function.permit.wall_clock = lambda: asked.expires_at
     with pytest.raises(ImportTokenExpired):
         await client.import_wrapped(asked.token, wrapped)
     assert not await client.list_keys()
@@ -149,7 +149,7 @@ async def test_only_a_key_that_was_made_for_it_leaves_the_card(client: Client, s
         with pytest.raises(error):
             await client.export_key(made.id, **how_not)  # type: ignore[arg-type]
     expiring = await client.create_key(terms=KeyTerms(exportable=True, not_after=time.time() + 100))
-    stage.host.card.function._wall_clock = lambda: time.time() + 101
+    stage.host.card.function.permit.wall_clock = lambda: time.time() + 101
     with pytest.raises(KeyExpired):
         await client.export_key(expiring.id, wrapping_key=wrap.id)
     await client.delete_key(made.id)

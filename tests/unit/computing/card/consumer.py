@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, mlkem, padding, rsa, x
 from cipherfleet.channel import codec
 from cipherfleet.channel.certificates import fingerprint, public_key_der
 from cipherfleet.computing import engine_wrap
-from cipherfleet.computing.card_function import Answer, VirtualFunction
+from cipherfleet.computing.card_function import VirtualFunction
+from cipherfleet.computing.card_request import Answer
 from cipherfleet.computing.engine import Key, generate_material
 from cipherfleet.computing.engine_wrap import TransportKeys
 from cipherfleet.contract.algorithms import algorithm

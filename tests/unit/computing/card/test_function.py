@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cipherfleet.channel import codec
 from cipherfleet.channel.certificates import public_key_der
 from cipherfleet.computing import card_tables
-from cipherfleet.computing.card_function import Work
+from cipherfleet.computing.card_request import Work
 from cipherfleet.computing.engine_memory import no_pause, wipe
 from cipherfleet.computing.engine_wrap import TransportKeys
 from cipherfleet.contract.algorithms import REGISTRY, Kind

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cipherfleet.computing.card_function import VirtualFunction
 from cipherfleet.computing.card_lease import MAX_DURATION_MS, MAX_OUTSTANDING, Lease, boottime
+from cipherfleet.computing.card_request import Answer, Request
 from cipherfleet.contract.errors import (
     CipherfleetError,
     LeaseExpired,
@@ -249,16 +250,17 @@ def test_a_cmk_without_a_lease_goes_again() -> None:
 def test_a_result_is_thrown_away_when_the_lease_ends_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     function = Function()
     results: list[bytearray] = []
-    random = VirtualFunction._random
+    random = function.inner._under_lease[Operation.RANDOM]
 
-    def slow(self: VirtualFunction, request: object) -> object:
-        answer = random(self, request)  # type: ignore[arg-type]
+    def slow(request: Request) -> Answer:
+        answer = random(request)
+        assert isinstance(answer, Answer)
         assert isinstance(answer.data, bytearray)
         results.append(answer.data)
         function.clock.now += 60
         return answer
 
-    function.inner._under_lease[Operation.RANDOM] = lambda request: slow(function.inner, request)  # type: ignore[assignment, return-value]
+    function.inner._under_lease[Operation.RANDOM] = slow
     with pytest.raises(LeaseExpired):
         function.do(Operation.RANDOM, RandomRequest(64))
     assert results == [bytearray(64)]

@@ -13,8 +13,9 @@ import pytest
 
 from cipherfleet.computing import card_server
 from cipherfleet.computing.card_engine import MAX_THREADS, helpers
-from cipherfleet.computing.card_function import Answer, VirtualFunction, Work
+from cipherfleet.computing.card_function import VirtualFunction
 from cipherfleet.computing.card_rates import BUCKETS, Rate, Statistics, bucket
+from cipherfleet.computing.card_request import Answer, Work
 from cipherfleet.computing.card_server import CardServer, _Vcc
 from cipherfleet.computing.engine_memory import no_pause
 from cipherfleet.computing.vcc_ring import RingCard
