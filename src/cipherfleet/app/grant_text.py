@@ -10,7 +10,9 @@ import msgspec
 from cipherfleet.contract.errors import Malformed
 from cipherfleet.contract.grants import Grant, check_grants
 
-SHAPE = "OPERATION,...[:key=ID][,label=PATTERN][,expires=30d|12h|2030-12-31][,context=TEXT|base64:...][,pair=NAME:VALUE][,rate=N]"
+SHAPE = (
+    "OPERATION,...[:key=ID][,label=PATTERN][,expires=30d|12h|2030-12-31][,context=TEXT|base64:...][,pair=NAME:VALUE][,rate=N][,delegate]"
+)
 _SECONDS = {"d": 86400, "h": 3600, "m": 60}
 
 
@@ -21,6 +23,9 @@ def parse_grant(text: str, now: float) -> Grant:
     for part in constraints.split(",") if constraints else ():
         name, equals, value = part.partition("=")
         name = name.strip()
+        if name == "delegate" and not equals and "delegate" not in told:
+            told["delegate"] = True
+            continue
         if not equals or not value:
             raise Malformed(f"{part!r} is no constraint of a grant", SHAPE)
         if name in ("expires", "context", "rate") and _FIELDS[name] in told:
@@ -59,6 +64,8 @@ def show_grant(grant: Grant) -> str:
     parts += [f"pair={name}:{value}" for name, value in grant.context_pairs.items()]
     if grant.rate:
         parts.append(f"rate={grant.rate:g}")
+    if grant.delegate:
+        parts.append("delegate")
     return ",".join(grant.operations) + (":" + ",".join(parts) if parts else "")
 
 

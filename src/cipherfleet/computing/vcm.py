@@ -27,7 +27,7 @@ from cipherfleet.contract.ids import CardId, ConsumerId, KeyId, VcmId
 from cipherfleet.contract.settings import Settings
 from cipherfleet.contract.statements import Right, Signed
 from cipherfleet.contract.vcc import Completion, Operation, VirtualCryptoCard
-from cipherfleet.contract.vcm_api import LoginReply
+from cipherfleet.contract.vcm_api import Delegation, DelegationsReply, LoginReply
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +138,14 @@ class Vcm:
 
     async def _label_of(self, key: KeyId) -> str:
         return await self._keys.label_of(key)
+
+    async def delegate(self, peer: Peer, key: KeyId, statement: Signed) -> Delegation:
+        self._require_serving()
+        return await self._grants.delegate(peer, key, statement)
+
+    async def delegations(self, peer: Peer, key: KeyId) -> DelegationsReply:
+        self._require_serving()
+        return await self._grants.delegations(peer, key)
 
     async def login(self, peer: Peer, statement: Signed) -> LoginReply:
         self._require_serving()

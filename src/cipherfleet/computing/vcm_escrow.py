@@ -28,6 +28,7 @@ from cipherfleet.contract.errors import (
 )
 from cipherfleet.contract.escrow import (
     FIRST_EPOCH,
+    DelegationName,
     EscrowRow,
     LogEntry,
     RowName,
@@ -37,6 +38,7 @@ from cipherfleet.contract.escrow import (
     check_follows,
     replay,
     row_digest,
+    statement_digest,
     was_destroyed,
 )
 from cipherfleet.contract.escrow_state import Changes, EscrowState
@@ -44,6 +46,9 @@ from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId
 from cipherfleet.contract.kmc_api import (
     MAX_ROW_NAMES,
     MAX_STATEMENT_NAMES,
+    DelegationRequest,
+    DelegationsFound,
+    DelegationsRequest,
     EscrowReceipt,
     EscrowWrite,
     KeySearch,
@@ -236,6 +241,29 @@ class Escrow:
 
     def _destroyed_with(self, row: EscrowRow) -> list[RowName]:
         return [RowName(row.key, version) for version in self.versions(row.key) if was_destroyed(row, version)]
+
+    @property
+    def state(self) -> EscrowState:
+        """What the log says. Raises ``KmcUnavailable`` while it is read again."""
+        if self._state is None:
+            raise KmcUnavailable("the escrow is being read again")
+        return self._state
+
+    async def delegations(self, names: Sequence[DelegationName]) -> Sequence[Signed]:
+        """What the KMC keeps of these, unchecked. Raises ``KmcUnavailable``."""
+        found: list[Signed] = []
+        for start in range(0, len(names), MAX_STATEMENT_NAMES):
+            asked = DelegationsRequest(tuple(names[start : start + MAX_STATEMENT_NAMES]))
+            found += (await self._kmc.call("POST", "/v1/escrow/delegations", asked, reply=DelegationsFound)).statements
+        return found
+
+    async def delegate(self, name: DelegationName, number: int, signed: Signed) -> None:
+        """Store an application's delegation; on return the escrow has committed it. Raises as ``write``, and what the KMC refuses."""
+        await self._kmc.call("POST", "/v1/delegations", DelegationRequest(signed), reply=EscrowReceipt)
+        await self.refresh()
+        kept = self.state.delegation(name)
+        if kept is None or kept[0] < number or (kept[0] == number and kept[1] != statement_digest(signed)):
+            raise EscrowRowTampered(f"the escrow wrote something else than {name.subject(number)}")
 
     # -- changes -------------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,8 @@ PLATFORM_EVENTS: dict[str, str] = {
     "application-signed-in": "the Ukey signed an application in",
     "application-signed-out": "the Ukey signed an application out",
     "application-revoked": "the operator revoked an application",
+    "key-delegated": "an application that the Ukey lets delegate gave another one of its rights with a key",
+    "key-delegation-revoked": "an application took back what it had delegated",
     "certificate-issued": "a process of the platform, or the operator, got a certificate (the operator's own log)",
     "card-certified": "a card was certified (the operator's own log)",
     "restored": "the KMC's database was restored from a backup",

@@ -5,7 +5,7 @@
     CipherfleetError
     ├── BadInput (400)        malformed, truncated, too-large, out-of-order, unsupported
     ├── Unauthorised (401)    certificate-*, challenge-*, token-stale, statement-forged, pin-wrong, login-refused
-    ├── Forbidden (403)       not-permitted, grant-expired, rate-limited, application-unknown, consumer-revoked, foreign-*, policy-refused
+    ├── Forbidden (403)       not-permitted, grant-expired, delegation-*, rate-limited, application-*, *-revoked, foreign-*, policy-refused
     ├── NotFound (404)        key-unknown, vcm-unknown, consumer-unknown, route-unknown
     ├── Conflict (409)        exists, key-disabled, state-*, mark-mismatch, wrong-key-type
     ├── Tampered (422)        ciphertext-*, escrow-*, signature-invalid, mac-invalid, checkpoint-*
@@ -245,6 +245,12 @@ class ForeignConsumer(Forbidden):
 class GrantExpired(Forbidden):
     code = "grant-expired"
     default_hint = "the consumer grants it anew with: cipherfleet app grant"
+
+
+class DelegationTooWide(Forbidden):
+    """An application delegates more than a grant of its own, which the Ukey made delegable, gives it."""
+
+    code = "delegation-too-wide"
 
 
 class ContextNotGranted(Forbidden):

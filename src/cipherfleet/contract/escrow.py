@@ -9,17 +9,19 @@ signed and sealed says what it follows (a statement's sequence, ``KeyAttributes.
 """
 
 import hashlib
+import re
 from enum import StrEnum
 
 import msgspec
 
 from cipherfleet.contract.errors import EscrowRolledBack, EscrowRowTampered, Malformed
-from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId, UkeyId
+from cipherfleet.contract.ids import ApplicationName, ConsumerId, KeyId, UkeyId, is_slug
 from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.statements import Signed
 
 FIRST_EPOCH = 1
 APPLICATION, UKEY, EPOCH, POLICY = "application/", "ukey/", "epoch/", "policy/"
+DELEGATION = "delegation/"
 NUMBERED = (APPLICATION, UKEY, EPOCH, POLICY)
 """What the consumer's Ukeys sign about these has numbers of one series."""
 
@@ -152,6 +154,18 @@ class StatementEntry(msgspec.Struct, frozen=True):
         return f"{APPLICATION}{self.name}@{self.sequence}"
 
 
+class DelegationName(msgspec.Struct, frozen=True, array_like=True):
+    """Who delegated which key to whom: of each there is one newest statement."""
+
+    delegator: ApplicationName
+    delegate: ApplicationName
+    key: KeyId
+
+    def subject(self, sequence: int) -> str:
+        """The log's name for the statement; ``sequence`` is its own."""
+        return f"{DELEGATION}{self.delegator}/{self.delegate}/{self.key}@{sequence}"
+
+
 class Seen(msgspec.Struct, frozen=True):
     """A point of the log that somebody (the Ukey, a VCM) has already seen."""
 
@@ -179,6 +193,18 @@ def epoch_of(subject: str) -> int:
     """The epoch that begins with an entry of this subject, 0 if none does."""
     number, _, _ = subject.removeprefix(EPOCH).partition("@")
     return int(number) if subject.startswith(EPOCH) and number.isdecimal() and len(number) < 11 else 0
+
+
+def delegation_of(subject: str) -> tuple[DelegationName, int] | None:
+    """What an entry of this subject names, if it is written in the one way there is."""
+    named, _, number = subject.removeprefix(DELEGATION).partition("@")
+    parts = named.split("/")
+    if len(parts) != 3 or not number.isascii() or not number.isdigit() or len(number) > 16:
+        return None
+    delegator, delegate, key = parts
+    name = DelegationName(ApplicationName(delegator), ApplicationName(delegate), KeyId(key))
+    good = is_slug(delegator) and is_slug(delegate) and re.fullmatch("[0-9a-f]{32}", key) and name.subject(int(number)) == subject
+    return (name, int(number)) if good else None
 
 
 def genesis(consumer: ConsumerId, epoch: int) -> bytes:

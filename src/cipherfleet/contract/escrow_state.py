@@ -12,13 +12,16 @@ import msgspec
 from cipherfleet.contract.errors import EscrowRolledBack, EscrowRowForeign, EscrowRowTampered
 from cipherfleet.contract.escrow import (
     APPLICATION,
+    DELEGATION,
     EPOCH,
     NUMBERED,
+    DelegationName,
     EscrowRow,
     LogEntry,
     Seen,
     StatementEntry,
     check_follows,
+    delegation_of,
     epoch_of,
     extend,
     genesis,
@@ -59,6 +62,9 @@ class EscrowState:
         self._superseded: set[bytes] = set()
         self._statements: dict[ApplicationName, tuple[str, bytes]] = {}
         self._newest_statement = 0
+        self._delegations: dict[DelegationName, tuple[int, bytes]] = {}
+        self._newest_delegation: dict[ApplicationName, int] = {}
+        self._delegated: dict[ApplicationName, dict[KeyId, list[DelegationName]]] = {}  # by who got it
 
     # -- the log -------------------------------------------------------------------------------------------------------
 
@@ -89,6 +95,8 @@ class EscrowState:
                 self._write(entry, changes)
             elif entry.subject.startswith(NUMBERED):
                 self._sign(entry, changes)
+            elif entry.subject.startswith(DELEGATION):
+                self._delegate(entry)
             else:
                 raise EscrowRolledBack(f"entry {sequence} of the escrow's log is about {entry.subject[:80]}, which nobody wrote")
             head = extend(head, entry)
@@ -143,6 +151,20 @@ class EscrowState:
         self._statements[name] = entry.subject, entry.digest
         changes.applications.add(name)
 
+    def _delegate(self, entry: LogEntry) -> None:
+        """Each application numbers what it says of delegation, so nothing of it comes twice, or late."""
+        found = delegation_of(entry.subject)
+        if found is None:
+            raise EscrowRolledBack(f"entry {entry.sequence} of the escrow's log is about {entry.subject[:80]}, which nobody wrote")
+        name, number = found
+        newest = self._newest_delegation.get(name.delegator, 0)
+        if number <= newest:
+            raise EscrowRolledBack(f"entry {entry.sequence} brings {entry.subject} after delegation {newest}")
+        self._newest_delegation[name.delegator] = number
+        if name not in self._delegations:
+            self._delegated.setdefault(name.delegate, {}).setdefault(name.key, []).append(name)
+        self._delegations[name] = number, entry.digest
+
     # -- what it names -------------------------------------------------------------------------------------------------
 
     @property
@@ -158,6 +180,23 @@ class EscrowState:
     @property
     def applications(self) -> Sequence[ApplicationName]:
         return list(self._statements)
+
+    def newest_delegation(self, delegator: ApplicationName) -> int:
+        """The number of an application's newest statement on delegation, 0 if there is none."""
+        return self._newest_delegation.get(delegator, 0)
+
+    @property
+    def delegations(self) -> Sequence[DelegationName]:
+        return list(self._delegations)
+
+    def delegated(self, delegate: ApplicationName, key: KeyId | None = None) -> Sequence[DelegationName]:
+        """What an application was given, of one key or of any."""
+        keys = self._delegated.get(delegate, {})
+        return keys.get(key, []) if key is not None else [name for names in keys.values() for name in names]
+
+    def delegation(self, name: DelegationName) -> tuple[int, bytes] | None:
+        """The number of the newest statement, and its digest."""
+        return self._delegations.get(name)
 
     def number(self, key: KeyId, version: int) -> int | None:
         """The number of a row, if it was ever written."""

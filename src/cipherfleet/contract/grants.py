@@ -11,12 +11,13 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from cipherfleet.contract.errors import ContextNotGranted, GrantExpired, Malformed, NotPermitted, RateLimited
+from cipherfleet.contract.errors import ContextNotGranted, DelegationTooWide, GrantExpired, Malformed, NotPermitted, RateLimited
 from cipherfleet.contract.ids import KeyId
 from cipherfleet.contract.rights import Right
 
 MAX_GRANTS = 64
 MAX_GRANT_KEYS = 256
+MAX_DELEGATED = 8
 
 PER_KEY = (Right.SHOW, Right.MANAGE, Right.ENCRYPT, Right.DECRYPT, Right.SIGN, Right.VERIFY, Right.MAC, Right.DERIVE)
 """What is done with a key: all else is a right in the domain."""
@@ -27,7 +28,8 @@ class Grant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     """``keys`` by id and ``labels`` by pattern, either is enough; without both it is every key. All that is set must hold.
 
     ``context``: what an operation's context must be. ``context_pairs``: the context is a JSON object of strings that has these.
-    ``rate``: operations per second at each VCM, with as many at once, one at least; 0 is any number.
+    ``rate``: operations per second at each VCM, with as many at once, one at least; 0 is any number. ``delegate``: who has the grant
+    is administrator of what it names, and may delegate it to other applications, within it.
     """
 
     operations: Annotated[tuple[Right, ...], Meta(min_length=1, max_length=len(PER_KEY))]
@@ -37,6 +39,7 @@ class Grant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     context: bytes | None = None
     context_pairs: Annotated[dict[str, str], Meta(max_length=MAX_GRANTS)] = {}
     rate: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    delegate: bool = False
 
     @property
     def every_key(self) -> bool:
@@ -57,6 +60,59 @@ def check_grants(grants: Sequence[Grant]) -> None:
             raise Malformed(f"there is no context to {without[0]} in", f"a grant with a context is to: {', '.join(WITH_CONTEXT)}")
 
 
+def check_delegated(grants: Sequence[Grant], key: KeyId) -> None:
+    """That these can be delegated at all: each names ``key`` alone, and none can be delegated once more. Raises ``Malformed``."""
+    if not 1 <= len(grants) <= MAX_DELEGATED:
+        raise Malformed(f"a delegation has 1 to {MAX_DELEGATED} grants")
+    check_grants(grants)
+    if any(grant.keys != (key,) or grant.labels for grant in grants):
+        raise Malformed("what is delegated names one key by its id, and no label")
+    if any(grant.delegate for grant in grants):
+        raise Malformed("what is delegated cannot be delegated further", "the consumer makes an administrator with: cipherfleet app grant")
+
+
+def check_within(given: Grant, own: Grant, key: KeyId, label: str) -> None:
+    """That whatever ``given`` permits with ``key``, whose label is ``label``, ``own`` permits as well, and lets be delegated.
+
+    Raises ``DelegationTooWide``, which names the first thing that is wider.
+    """
+    if not own.delegate:
+        raise DelegationTooWide("the grant is not one to delegate", "the consumer lets it be with: cipherfleet app grant")
+    if given.delegate:
+        raise DelegationTooWide("what is delegated cannot be delegated further")
+    if given.keys != (key,) or given.labels or not names(own, key, label):
+        raise DelegationTooWide(f"the grant is not for key {key}")
+    wider = [right for right in given.operations if right not in own.operations]
+    if wider:
+        raise DelegationTooWide(f"the grant is not to {', '.join(wider)} with key {key}")
+    if own.not_after and not 0 < given.not_after <= own.not_after:
+        raise DelegationTooWide(f"the grant for key {key} ends at {own.not_after}, what is delegated has to end by then")
+    if own.rate and not 0 < given.rate <= own.rate:
+        raise DelegationTooWide(f"the grant for key {key} allows {own.rate:g} operations per second, what is delegated has to name as few")
+    if given.context is not None:
+        if not _fits(own, given.context):
+            raise DelegationTooWide(f"the grant for key {key} is for another context")
+    elif own.context is not None or not own.context_pairs.items() <= given.context_pairs.items():
+        raise DelegationTooWide(f"the grant for key {key} is bound to a context, what is delegated has to be bound to it as well")
+
+
+def administrator(grants: Sequence[Grant], given: Grant, key: KeyId, label: str) -> int:
+    """Which of a delegator's ``grants`` holds all of ``given``: its number. Two that hold it together are not enough.
+
+    Raises ``DelegationTooWide``: what was wrong with the one that came nearest, or that there is none.
+    """
+    refused = DelegationTooWide(f"there is no grant to delegate for key {key}", "the consumer makes one with: cipherfleet app grant")
+    for number, own in enumerate(grants):
+        try:
+            check_within(given, own, key, label)
+        except DelegationTooWide as exc:
+            if own.delegate and names(own, key, label):
+                refused = exc
+        else:
+            return number
+    raise refused
+
+
 def decide(grants: Sequence[Grant], right: Right, key: KeyId, label: str, context: bytes, now: float, take: Callable[[int], float]) -> None:
     """That one of ``grants`` permits it. ``take(n)`` spends an operation of grant ``n``: 0.0, or the seconds until there is one.
 
@@ -64,7 +120,7 @@ def decide(grants: Sequence[Grant], right: Right, key: KeyId, label: str, contex
     """
     refused: GrantExpired | ContextNotGranted | RateLimited | None = None
     for number, grant in enumerate(grants):
-        if right not in grant.operations or not _names(grant, key, label):
+        if right not in grant.operations or not names(grant, key, label):
             continue
         if grant.not_after and grant.not_after <= now:
             refused = refused or GrantExpired(f"the grant to {right} with key {key} has expired")
@@ -79,7 +135,8 @@ def decide(grants: Sequence[Grant], right: Right, key: KeyId, label: str, contex
     raise NotPermitted(f"it may not {right} with key {key}", "the consumer grants it with: cipherfleet app grant")
 
 
-def _names(grant: Grant, key: KeyId, label: str) -> bool:
+def names(grant: Grant, key: KeyId, label: str) -> bool:
+    """Whether a grant is for a key."""
     return grant.every_key or key in grant.keys or any(fnmatchcase(label, pattern) for pattern in grant.labels)
 
 

@@ -29,6 +29,8 @@
     vcm        GET    /v1/escrow/rows?after=               -> RowsReply                       all rows, by key and version, in pages
     vcm        POST   /v1/escrow/search                    KeySearch -> KeysFound             a hint: each row is checked by who asks
     vcm        POST   /v1/escrow/statements                StatementsRequest -> StatementsReply
+    vcm        POST   /v1/escrow/delegations               DelegationsRequest -> DelegationsFound    what applications have delegated
+    vcm        POST   /v1/delegations                      DelegationRequest -> EscrowReceipt        an application delegates
     vcm        GET    /v1/escrow/receipts/{key}            -> Signed[DestructionStatement]    of material that was destroyed
     terminal   GET    /v1/escrow?after=                    -> LogPage                         for a Ukey that is far behind
     vcm        GET    /v1/audit                            -> AuditLog                        as the operator; own consumer only
@@ -53,7 +55,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from cipherfleet.contract.escrow import EscrowRow, LogEntry, RowName, RowWrite, StatementEntry
+from cipherfleet.contract.escrow import DelegationName, EscrowRow, LogEntry, RowName, RowWrite, StatementEntry
 from cipherfleet.contract.grants import Grant
 from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, MachineId, Serial, TokenId, UkeyId, VcmId
 from cipherfleet.contract.messages import Chain, Message
@@ -236,6 +238,24 @@ class StatementsRequest(Message, frozen=True):
 
 class StatementsReply(Message, frozen=True):
     statements: tuple[StatementEntry, ...]
+
+
+class DelegationRequest(Message, frozen=True):
+    """``statement``: a ``DelegationStatement``, signed by the delegator."""
+
+    statement: Signed
+
+
+class DelegationsRequest(Message, frozen=True):
+    """At most ``MAX_STATEMENT_NAMES``."""
+
+    names: tuple[DelegationName, ...]
+
+
+class DelegationsFound(Message, frozen=True):
+    """The newest statements of those that are there, in no order."""
+
+    statements: tuple[Signed, ...]
 
 
 class VcmToKmc(msgspec.Struct, frozen=True, tag_field="type"):

@@ -5,9 +5,10 @@ nothing is ever re-encoded before a check. ``channel.signing`` makes and checks 
 """
 
 from enum import StrEnum
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import msgspec
+from msgspec import Meta
 
 from cipherfleet.contract.grants import Grant
 from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, UkeyId, VcmId
@@ -102,6 +103,25 @@ class ApplicationStatement(Statement, frozen=True):
     sequence: int
     revoked: bool = False
     grants: tuple[Grant, ...] = ()
+
+
+class DelegationStatement(Statement, frozen=True):
+    """An application, ``delegator``, gives another one of what the Ukey lets it delegate, or takes it back (``revoked``).
+
+    Signed by the delegator's own certificate key, ``public_key`` (SubjectPublicKeyInfo, DER), which its ``ApplicationStatement`` names.
+    ``grants`` are for ``key`` alone, and replace what it gave this delegate for this key before. ``sequence`` grows with each of its
+    statements on delegation.
+    """
+
+    KIND: ClassVar[str] = "cipherfleet/delegation/v1"
+    consumer: ConsumerId
+    delegator: ApplicationName
+    delegate: ApplicationName
+    key: KeyId
+    grants: tuple[Grant, ...]
+    sequence: Annotated[int, Meta(ge=1, le=2**53)]
+    public_key: bytes
+    revoked: bool = False
 
 
 class UkeyStatement(Statement, frozen=True):

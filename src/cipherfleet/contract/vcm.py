@@ -17,6 +17,8 @@ from cipherfleet.contract.statements import Right, Signed
 from cipherfleet.contract.vcc import VirtualCryptoCard
 from cipherfleet.contract.vcm_api import (
     AliasEntry,
+    Delegation,
+    DelegationsReply,
     ExportReply,
     ImportParameters,
     ImportParametersRequest,
@@ -192,6 +194,18 @@ class VcmHost(Protocol):
 
     async def usage(self, key: KeyId) -> KeyUsage:
         """What is known of a key's use: the KMC's and the VCMs' word. Raises ``KmcUnavailable``."""
+        ...
+
+    async def delegate(self, peer: Peer, key: KeyId, statement: Signed) -> Delegation:
+        """``peer`` delegates, or takes back; the escrow has it then.
+
+        Raises ``StatementForged``, ``StatementReplayed``, ``DelegationTooWide``, ``ApplicationUnknown`` (the delegate), ``Malformed``,
+        ``ForeignConsumer`` or ``LimitReached``.
+        """
+        ...
+
+    async def delegations(self, peer: Peer, key: KeyId) -> DelegationsReply:
+        """Those of a key that ``peer`` gave or got; with the right to show every key, all."""
         ...
 
     async def login(self, peer: Peer, statement: Signed) -> LoginReply:

@@ -10,7 +10,8 @@ import msgspec
 
 from cipherfleet.contract.algorithms import Algorithm
 from cipherfleet.contract.escrow import Consent
-from cipherfleet.contract.ids import CardId, KeyId, VcmId
+from cipherfleet.contract.grants import Grant
+from cipherfleet.contract.ids import ApplicationName, CardId, KeyId, VcmId
 from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.messages import Message
 from cipherfleet.contract.statements import Signed
@@ -248,6 +249,25 @@ class ReceiptReply(Message, frozen=True):
 
     receipt: Signed
     signer: bytes
+
+
+class Delegation(Message, frozen=True):
+    """What an application gave another one. ``state``: active, or revoked; or void: the delegator may not delegate it (any more)."""
+
+    delegator: ApplicationName
+    delegate: ApplicationName
+    key: KeyId
+    grants: tuple[Grant, ...]
+    state: str
+    sequence: int
+
+
+class DelegationsReply(Message, frozen=True):
+    """``next``: the number that the caller's next statement on delegation is to have."""
+
+    key: KeyId
+    delegations: tuple[Delegation, ...]
+    next: int
 
 
 class EndpointsReply(Message, frozen=True):

@@ -158,6 +158,17 @@ statements = Table(
     Column("revoked", Boolean, nullable=False),  # by the consumer's statement or by the operator
 )
 
+delegations = Table(
+    "delegations",
+    metadata,
+    Column("consumer", String, ForeignKey("consumers.name"), primary_key=True),
+    Column("delegator", String, primary_key=True),
+    Column("delegate", String, primary_key=True),
+    Column("key", String, primary_key=True),
+    Column("sequence", Integer, nullable=False),  # the delegator's own number
+    Column("statement", BLOB, nullable=False),  # Signed, as JSON
+)
+
 audit = Table(
     "audit",
     metadata,

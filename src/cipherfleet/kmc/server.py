@@ -16,6 +16,8 @@ from cipherfleet.contract.kmc_api import (
     ApplicationRequest,
     CardRequest,
     ChallengeRequest,
+    DelegationRequest,
+    DelegationsRequest,
     EnrolConfirmation,
     EnrolRequest,
     EpochRequest,
@@ -41,6 +43,7 @@ from cipherfleet.kmc.audit_seal import AuditSealer
 from cipherfleet.kmc.bulk import BulkReads
 from cipherfleet.kmc.center import Center
 from cipherfleet.kmc.channels import Channel
+from cipherfleet.kmc.delegations import Delegations
 from cipherfleet.kmc.enrolment import Enrolment
 from cipherfleet.kmc.epochs import Epochs
 from cipherfleet.kmc.escrow import MAX_WRITE_BYTES, Escrow
@@ -70,6 +73,7 @@ class KmcServer:
         self.usage = Usage(center)
         self.events = EventDesk(center)
         self.identity = IdentityDesk(center, self.service)
+        self.delegations = Delegations(center, self.escrow)
         self.applications = Applications(center, self.escrow, self.service)
         self.ukeys = Ukeys(center, self.escrow, self.service)
         self.epochs = Epochs(center, self.escrow, self.service)
@@ -114,6 +118,8 @@ class KmcServer:
             ("GET", "/v1/escrow/rows", vcm, self._read_all_rows),
             ("POST", "/v1/escrow/search", vcm, self._search_keys),
             ("POST", "/v1/escrow/statements", vcm, self._read_statements),
+            ("POST", "/v1/escrow/delegations", vcm, self._read_delegations),
+            ("POST", "/v1/delegations", vcm, self._delegate),
             ("GET", "/v1/escrow/receipts/{key}", vcm, self._destruction_receipt),
             ("GET", "/v1/vcm", vcm, self._vcm),
             ("GET", "/v1/terminal", terminal, self._terminal),
@@ -268,6 +274,18 @@ class KmcServer:
         request = await call.body(StatementsRequest)
         await self.service.require_released(call.peer)
         return await self.escrow.statements(call.peer.identity.consumer, request.names)
+
+    async def _read_delegations(self, call: Call) -> object:
+        request = await call.body(DelegationsRequest)
+        await self.service.require_released(call.peer)
+        return await self.delegations.statements(call.peer.identity.consumer, request.names)
+
+    async def _delegate(self, call: Call) -> object:
+        request = await call.body(DelegationRequest)
+        await self.service.require_released(call.peer)
+        receipt = await self.delegations.delegate(request, call.peer)
+        self.service.escrow_changed(call.peer.identity.consumer, receipt.log[-1].sequence, but=VcmId(call.peer.identity.id))
+        return receipt
 
     async def _destruction_receipt(self, call: Call) -> object:
         await self.service.require_released(call.peer)

@@ -40,6 +40,8 @@ ROUTES = {
     ("GET", "/v1/escrow/rows"): {Role.VCM},
     ("POST", "/v1/escrow/search"): {Role.VCM},
     ("POST", "/v1/escrow/statements"): {Role.VCM},
+    ("POST", "/v1/escrow/delegations"): {Role.VCM},
+    ("POST", "/v1/delegations"): {Role.VCM},
     ("GET", "/v1/escrow/receipts/00000000000000000000000000000000"): {Role.VCM},
     ("GET", "/v1/vcm"): {Role.VCM},
     ("GET", "/v1/terminal"): {Role.TERMINAL},

@@ -39,9 +39,9 @@ from cipherfleet.contract.kmc_api import CardReply
 from cipherfleet.contract.messages import Chain, Done
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.settings import Settings
-from cipherfleet.contract.statements import LeaseStatement, Right, SealedShare, Signed
+from cipherfleet.contract.statements import DelegationStatement, LeaseStatement, Right, SealedShare, Signed
 from cipherfleet.contract.vcc import CmkDelivery, Completion, Operation
-from cipherfleet.contract.vcm_api import LoginReply
+from cipherfleet.contract.vcm_api import Delegation, DelegationsReply, LoginReply
 from cipherfleet.services.components import mount
 from tests.pki import Authority
 from tests.unit.computing.machine.fake_kmc import EPOCH, FakeConsumer
@@ -146,6 +146,7 @@ class StageHost:
         self.ledger = Ledger()
         self.data_audit = DataAudit(self.ledger, Settings())
         self.used: KeyUsage | None = None
+        self.delegated: list[DelegationStatement] = []
 
     def now(self) -> float:
         return time.time() + self.ahead_s
@@ -187,6 +188,16 @@ class StageHost:
         if self.used is None:
             raise KmcUnavailable("nobody knows")
         return self.used
+
+    async def delegate(self, peer: Peer, key: KeyId, statement: Signed) -> Delegation:
+        made = codec.decode(statement.payload, DelegationStatement)
+        self.delegated.append(made)
+        return Delegation(made.delegator, made.delegate, key, made.grants, "revoked" if made.revoked else "active", made.sequence)
+
+    async def delegations(self, peer: Peer, key: KeyId) -> DelegationsReply:
+        given = [one for one in self.delegated if one.key == key]
+        shown = tuple(Delegation(one.delegator, one.delegate, key, one.grants, "active", one.sequence) for one in given)
+        return DelegationsReply(key, shown, len(self.delegated) + 1)
 
     async def login(self, peer: Peer, statement: Signed) -> LoginReply:
         if statement.kind != "right":

@@ -17,7 +17,7 @@ from cipherfleet.services import wire
 from tests.unit.services.stage import Stage
 from tests.unit.services.test_routes import ROUTES, call
 
-KEYED = [(method, path) for method, path in ROUTES if "{key}" in path]
+KEYED = [(method, path) for (method, path), rights in ROUTES.items() if "{key}" in path and rights]
 
 
 async def key_of(stage: Stage, name: str = "AES-256-GCM", label: str = "") -> KeyId:

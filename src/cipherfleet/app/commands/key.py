@@ -11,7 +11,7 @@ import typer
 
 from cipherfleet import Client
 from cipherfleet.app import output
-from cipherfleet.app.commands import key_alias
+from cipherfleet.app.commands import key_alias, key_delegation
 from cipherfleet.app.commands.asking import ask
 from cipherfleet.app.commands.key_terms import MaxUses, NotAfter, NotBefore, RotateDays, RotateUses, period, seconds
 from cipherfleet.app.options import In, Json, ProfileFile, read_small
@@ -22,8 +22,12 @@ from cipherfleet.contract.statements import DestructionStatement
 from cipherfleet.contract.vcm_api import KeyDescription
 from cipherfleet.services.middleware.envelope import NewKey
 
-app = typer.Typer(help="Keys: create, import, list, show, update, rotate, trim, enable, disable, delete, alias.", no_args_is_help=True)
+app = typer.Typer(
+    help="Keys: create, import, list, show, update, rotate, trim, enable, disable, delete, alias, delegate.", no_args_is_help=True
+)
 app.add_typer(key_alias.app, name="alias")
+app.command()(key_delegation.delegate)
+app.command()(key_delegation.delegations)
 
 T = TypeVar("T")
 SHOWN = 1000

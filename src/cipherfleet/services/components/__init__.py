@@ -19,6 +19,8 @@
     POST /v1/keys/{key}/derive-key     KeyDeriveRequest -> KeyDescription               derive and create
     GET  /v1/keys/{key}/receipt        -> ReceiptReply: the HSM's, of what was destroyed  show
     POST /v1/keys/{key}/cancel-deletion, delete (at once)  -> KeyDescription            manage
+    POST /v1/keys/{key}/delegate       Signed[DelegationStatement] -> Delegation        a grant to delegate
+    GET  /v1/keys/{key}/delegations    -> DelegationsReply: given and got, or all       any, show
     GET  /v1/aliases                   -> AliasListReply                                show
     PUT  /v1/aliases/{alias}           AliasRequest -> KeyDescription                   manage
     DELETE /v1/aliases/{alias}         -> Done                                          manage
@@ -55,6 +57,7 @@ from cipherfleet.contract.vcm import VcmHost
 from cipherfleet.services.components.agreements import Agreements
 from cipherfleet.services.components.batches import Batches
 from cipherfleet.services.components.ciphers import Ciphers
+from cipherfleet.services.components.delegations import Delegations
 from cipherfleet.services.components.keys import Keys
 from cipherfleet.services.components.life import Life
 from cipherfleet.services.components.routes import Routes
@@ -70,6 +73,7 @@ def mount(server: Server, host: VcmHost, *, stall_s: float = STALL_S) -> None:
     routes = Routes(server, host, stall_s)
     Keys(routes)
     Life(routes)
+    Delegations(routes)
     Transfers(routes)
     Ciphers(routes)
     Signatures(routes)

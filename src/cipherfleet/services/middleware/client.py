@@ -7,23 +7,30 @@ from pathlib import Path
 from typing import Self, TypeAlias
 from urllib.parse import quote, urlencode
 
-from cipherfleet.channel import codec
+from msgspec import structs
+
+from cipherfleet.channel import codec, signing
 from cipherfleet.channel.audit_check import AuditCheck, AuditVerdict
+from cipherfleet.channel.delegations import own_signer
 from cipherfleet.contract.algorithms import Algorithm
 from cipherfleet.contract.algorithms import algorithm as named
 from cipherfleet.contract.audit import MAX_PAGE, AuditEntry, AuditLog, AuditQuery
-from cipherfleet.contract.errors import CertificateInvalid, TooLarge
-from cipherfleet.contract.ids import KeyId
+from cipherfleet.contract.errors import CertificateInvalid, Malformed, PeerError, StatementReplayed, TooLarge
+from cipherfleet.contract.grants import Grant
+from cipherfleet.contract.ids import ApplicationName, KeyId, is_slug
 from cipherfleet.contract.key_life import ALIAS_PREFIX, NO_TAGS, KeyUpdate
 from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
 from cipherfleet.contract.messages import Done
 from cipherfleet.contract.profile import Profile
+from cipherfleet.contract.statements import DelegationStatement
 from cipherfleet.contract.vcm_api import (
     MAX_KEYS_AT_ONCE,
     AliasEntry,
     AliasListReply,
     AliasRequest,
     DataKeyReply,
+    Delegation,
+    DelegationsReply,
     DeletionRequest,
     EncapsulationReply,
     EndpointsReply,
@@ -53,6 +60,7 @@ from cipherfleet.services.middleware.sources import Bytes, Progress, Source, Upl
 from cipherfleet.services.middleware.targets import WholeFile, open_source
 
 TIMEOUT_S = 60.0
+DELEGATE_ATTEMPTS = 3
 MAX_KEY_OVERHEAD_BYTES = 4 * wire.MAX_LABEL_CHARACTERS + 256
 FilePath: TypeAlias = str | os.PathLike[str]
 
@@ -305,6 +313,51 @@ class Client:
     async def cancel_key_deletion(self, key: str) -> KeyDescription:
         """The key is there again, disabled. Raises ``KeyDeleted`` when its time is over."""
         return await self._connection.ask("POST", _path(key, "cancel-deletion"), KeyDescription)
+
+    # -- delegation ----------------------------------------------------------------------------------------------------
+
+    async def delegate_key(self, key: str, to: str, grants: Sequence[Grant]) -> Delegation:
+        """Give the application ``to`` these ``grants`` with ``key``, in the place of what it was given by this one before.
+
+        Signed here, with the key in the profile. A grant that names no key is for this one. Raises ``DelegationTooWide`` for
+        more than a grant of one's own gives and lets delegate, ``ApplicationUnknown``, ``Malformed``, ``Unsupported``.
+        """
+        return await self._delegate(key, to, grants, revoked=False)
+
+    async def revoke_delegation(self, key: str, to: str) -> Delegation:
+        """Take back what this application gave ``to`` with ``key``. Raises ``ApplicationUnknown`` if that is nothing."""
+        return await self._delegate(key, to, (), revoked=True)
+
+    async def list_delegations(self, key: str) -> tuple[Delegation, ...]:
+        """What this application gave of a key, and what it was given; who may show every key sees all."""
+        return (await self._connection.ask("GET", _path(key, "delegations"), DelegationsReply)).delegations
+
+    async def _delegate(self, key: str, to: str, grants: Sequence[Grant], *, revoked: bool) -> Delegation:
+        if not is_slug(to):
+            raise Malformed(f"{to!r} cannot name an application")
+        signer = own_signer(self.profile.key.encode())
+        for attempt in range(DELEGATE_ATTEMPTS):
+            known = await self._connection.ask("GET", _path(key, "delegations"), DelegationsReply)
+            if not key.startswith(ALIAS_PREFIX) and known.key != key:
+                raise PeerError("the VCM answered about another key")
+            given = tuple(grant if grant.keys else structs.replace(grant, keys=(known.key,)) for grant in grants)
+            statement = DelegationStatement(
+                self.profile.consumer,
+                self.profile.application,
+                ApplicationName(to),
+                known.key,
+                given,
+                known.next,
+                signer.public_key,
+                revoked=revoked,
+            )
+            signed = await signing.sign(statement, signer)
+            try:
+                return await self._connection.ask("POST", _path(known.key, "delegate"), Delegation, body=signed, safe=False)
+            except StatementReplayed:  # another process of this application took the number
+                if attempt == DELEGATE_ATTEMPTS - 1:
+                    raise
+        raise RuntimeError("the last attempt returns or raises")
 
     # -- encryption ----------------------------------------------------------------------------------------------------
 

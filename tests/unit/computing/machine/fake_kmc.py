@@ -29,6 +29,7 @@ from cipherfleet.channel.server import Call, Server
 from cipherfleet.contract.audit import AuditEntry, AuditLog
 from cipherfleet.contract.errors import ServiceOff, StateConflict, TokenStale
 from cipherfleet.contract.escrow import (
+    DelegationName,
     EscrowRow,
     KeyAttributes,
     LogEntry,
@@ -52,6 +53,9 @@ from cipherfleet.contract.kmc_api import (
     CmkDelivered,
     CmkLoaded,
     CmkRefused,
+    DelegationRequest,
+    DelegationsFound,
+    DelegationsRequest,
     EscrowChanged,
     EscrowReceipt,
     EscrowWrite,
@@ -73,6 +77,7 @@ from cipherfleet.contract.messages import CertificateRequest, Chain
 from cipherfleet.contract.statements import (
     ApplicationStatement,
     CheckpointStatement,
+    DelegationStatement,
     Destroyed,
     DestructionStatement,
     LeaseStatement,
@@ -108,6 +113,7 @@ class FakeConsumer:
         self.kmc_key = kmc_key
         self.rows: dict[tuple[KeyId, int], EscrowRow] = {}
         self.statements: dict[ApplicationName, StatementEntry] = {}
+        self.delegations: dict[DelegationName, Signed] = {}
         self.log: list[LogEntry] = []
         self.calls: list[str] = []
         self.page = 100
@@ -148,6 +154,13 @@ class FakeConsumer:
             case "POST", "/v1/escrow/statements":
                 assert isinstance(body, StatementsRequest)
                 answer = StatementsReply(tuple(entry for entry in self.statements.values() if entry.name in body.names))
+            case "POST", "/v1/escrow/delegations":
+                assert isinstance(body, DelegationsRequest)
+                answer = DelegationsFound(tuple(kept for name, kept in self.delegations.items() if name in body.names))
+            case "POST", "/v1/delegations":
+                assert isinstance(body, DelegationRequest)
+                self.delegate(body.statement)
+                answer = EscrowReceipt((self.log[-1],))
             case _:
                 answer = AuditLog((AuditEntry(1, 0.0, self.name, "vcm", "key-create", "x", "done", "00"),))
         return codec.decode(codec.encode(answer), reply)
@@ -210,6 +223,13 @@ class FakeConsumer:
         entry = StatementEntry(ApplicationName(name), statement, self.sequence if sequence is None else sequence)
         self.statements[entry.name] = entry
         self.append(entry.subject, statement_digest(statement))
+
+    def delegate(self, statement: Signed, *, told: DelegationStatement | None = None) -> None:
+        """Keep whatever is said to be a delegation; ``told``: as what the log names it."""
+        made = told or codec.decode(statement.payload, DelegationStatement)
+        name = DelegationName(made.delegator, made.delegate, made.key)
+        self.delegations[name] = statement
+        self.append(name.subject(made.sequence), statement_digest(statement))
 
     # -- the Ukey ------------------------------------------------------------------------------------------------------
 
