@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, mlkem, padding, rsa, x
 
 from cipherfleet.channel import codec
 from cipherfleet.channel.certificates import fingerprint, public_key_der
+from cipherfleet.channel.sealing import TrustedCard, import_info
 from cipherfleet.computing import engine_wrap
 from cipherfleet.computing.card_function import VirtualFunction
 from cipherfleet.computing.card_request import Answer
@@ -21,7 +22,7 @@ from cipherfleet.contract.ids import CardId, ConsumerId, KeyId, VcmId, new_key_i
 from cipherfleet.contract.kmc_api import CardReply
 from cipherfleet.contract.messages import Chain
 from cipherfleet.contract.statements import LeaseStatement, SealedShare, Signature, Signed, Statement, signing_input
-from cipherfleet.contract.vcc import CmkDelivery, Operation, RowRequest, StreamRequest
+from cipherfleet.contract.vcc import CmkDelivery, ImportRequest, KeyMaterial, Operation, RowRequest, StreamRequest
 
 CARD = CardId("card-m1-0badcafe")
 VCM = VcmId("vcm-00000000000a")
@@ -126,6 +127,16 @@ class Function:
     def generate(self, name: str = "AES-256-GCM", key: KeyId | None = None, version: int = 1) -> tuple[int, EscrowRow]:
         request = RowRequest(key or new_key_id(), version, codec.encode(VersionAttributes(name, 1.5)))
         answer = self.do(Operation.GENERATE, request)
+        return answer.value, msgspec.json.decode(answer.parameters, type=EscrowRow)
+
+    def seal(self, name: str, material: bytes, *, info: bytes = b"") -> bytes:
+        """As a client seals a key that it brings."""
+        message = codec.encode(KeyMaterial(self.consumer.name, name, material))
+        return TrustedCard(CARD, transport().hpke_public_key).seal(message, info or import_info(CARD, VCM))
+
+    def bring(self, name: str, sealed: bytes, *, bare: bool = False) -> tuple[int, EscrowRow]:
+        request = RowRequest(new_key_id(), 1, codec.encode(VersionAttributes(name, 1.5, bare=bare)))
+        answer = self.do(Operation.IMPORT, ImportRequest(request, sealed))
         return answer.value, msgspec.json.decode(answer.parameters, type=EscrowRow)
 
     def load(self, name: str, material: bytes, *, bare: bool = False, version: int = 1) -> int:

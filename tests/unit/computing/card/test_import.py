@@ -14,23 +14,12 @@ from cipherfleet.channel.sealing import TrustedCard, import_info, share_info
 from cipherfleet.contract.errors import CipherfleetError, KeyMaterialInvalid, Malformed, SealedForeign, ServiceOff, WrongKeyType
 from cipherfleet.contract.escrow import EscrowRow, VersionAttributes
 from cipherfleet.contract.ids import CardId, new_key_id
-from cipherfleet.contract.vcc import ImportRequest, KeyMaterial, Operation, RowRequest, StreamRequest, Verb
+from cipherfleet.contract.vcc import Operation, RowRequest, StreamRequest, Verb
 from tests.unit.computing.card.consumer import CARD, CERTIFIED, OTHER_VCM, VCM, Consumer, Function, transport
 
 
 def pkcs8(key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:
     return key.private_bytes(serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-
-
-def bring(function: Function, name: str, sealed: bytes) -> tuple[int, EscrowRow]:
-    request = RowRequest(new_key_id(), 1, codec.encode(VersionAttributes(name, 1.5)))
-    answer = function.do(Operation.IMPORT, ImportRequest(request, sealed))
-    return answer.value, msgspec.json.decode(answer.parameters, type=EscrowRow)
-
-
-def sealed(function: Function, name: str, material: bytes, *, info: bytes = b"") -> bytes:
-    card = TrustedCard(CARD, transport().hpke_public_key)
-    return card.seal(codec.encode(KeyMaterial(function.consumer.name, name, material)), info or import_info(CARD, VCM))
 
 
 @pytest.fixture
@@ -40,7 +29,7 @@ def function() -> Function:
 
 def test_a_secret_key_works_as_it_does_outside(function: Function) -> None:
     secret = secrets.token_bytes(32)
-    handle, row = bring(function, "HMAC-SHA-256", sealed(function, "HMAC-SHA-256", secret))
+    handle, row = function.bring("HMAC-SHA-256", function.seal("HMAC-SHA-256", secret))
     assert function.run(StreamRequest(Verb.MAC), b"m", handle=handle) == hmac.new(secret, b"m", hashlib.sha256).digest()
     assert secret not in row.wrapped
     assert msgspec.json.decode(row.attributes, type=VersionAttributes).imported
@@ -59,7 +48,7 @@ PRIVATE: dict[str, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25
 @pytest.mark.parametrize("name", PRIVATE)
 def test_a_private_key_signs_for_its_public_half(function: Function, name: str) -> None:
     private = PRIVATE[name]
-    handle, row = bring(function, name, sealed(function, name, pkcs8(private)))
+    handle, row = function.bring(name, function.seal(name, pkcs8(private)))
     public = private.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     assert msgspec.json.decode(row.attributes, type=VersionAttributes).public_key == public
     signature = function.run(StreamRequest(Verb.SIGN), b"m", handle=handle)
@@ -90,24 +79,24 @@ BAD_MATERIAL = {
 def test_bad_material_makes_no_key(function: Function, case: str) -> None:
     name, material = BAD_MATERIAL[case]
     with pytest.raises(KeyMaterialInvalid) as refused:
-        bring(function, name, sealed(function, name, material))
+        function.bring(name, function.seal(name, material))
     assert not material or material.hex() not in refused.value.message
     assert function.inner.keys == 0
 
 
 def test_what_was_sealed_for_something_else_does_not_open(function: Function) -> None:
     aes, secret, elsewhere = "AES-256-GCM", bytes(32), CardId("card-m1-00000000")
-    good = sealed(function, aes, secret)
+    good = function.seal(aes, secret)
     cases: dict[str, tuple[str, bytes, type[CipherfleetError]]] = {
         "another algorithm": ("SM4-GCM", good, SealedForeign),
-        "another VCM": (aes, sealed(function, aes, secret, info=import_info(CARD, OTHER_VCM)), SealedForeign),
+        "another VCM": (aes, function.seal(aes, secret, info=import_info(CARD, OTHER_VCM)), SealedForeign),
         "another card": (
             aes,
-            sealed(function, aes, secret, info=import_info(elsewhere, VCM)),
+            function.seal(aes, secret, info=import_info(elsewhere, VCM)),
             SealedForeign,
         ),
-        "a Ukey share": (aes, sealed(function, aes, secret, info=share_info(CARD, VCM)), SealedForeign),
-        "another consumer": (aes, sealed(Function(Consumer("bob"), serving=False), aes, secret), SealedForeign),
+        "a Ukey share": (aes, function.seal(aes, secret, info=share_info(CARD, VCM)), SealedForeign),
+        "another consumer": (aes, Function(Consumer("bob"), serving=False).seal(aes, secret), SealedForeign),
         "changed": (aes, good[:-1] + bytes([good[-1] ^ 1]), SealedForeign),
         "cut off": (aes, good[:40], SealedForeign),
         "nothing": (aes, b"", SealedForeign),
@@ -116,14 +105,14 @@ def test_what_was_sealed_for_something_else_does_not_open(function: Function) ->
     }
     for case, (name, raw, error) in cases.items():
         with pytest.raises(error):
-            bring(function, name, raw)
+            function.bring(name, raw)
         assert function.inner.keys == 0, case
 
 
 def test_without_a_lease_nothing_is_opened() -> None:
     function = Function(serving=False)
     with pytest.raises(ServiceOff):
-        bring(function, "AES-256-GCM", sealed(function, "AES-256-GCM", bytes(32)))
+        function.bring("AES-256-GCM", function.seal("AES-256-GCM", bytes(32)))
 
 
 def test_the_card_shows_its_certificate(function: Function) -> None:
