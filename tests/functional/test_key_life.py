@@ -5,8 +5,10 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from cipherfleet.contract.key_terms import KeyTerms
+from cipherfleet.contract.settings import Settings
 from tests.functional.test_error_paths import failed
-from tests.support import Consumer, command, profile_file
+from tests.support import Consumer, command, eventually, profile_file
 
 
 def test_a_key_from_its_name_to_its_end(plugged: Consumer, tmp_path: Path) -> None:
@@ -48,3 +50,11 @@ def write_key(folder: Path) -> Path:
     file = folder / "public.pem"
     file.write_bytes(public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
     return file
+
+
+def test_what_falls_due_is_done_by_a_vcm(plugged: Consumer) -> None:
+    """The KMC's own index leads the VCM to it."""
+    with plugged.client() as client:
+        key = client.create_key("AES-256-GCM", terms=KeyTerms(rotation_s=1.0))
+        eventually(lambda: client.describe_key(key.id).version > 1, within=3 * Settings().chores_s, what="the key is rotated")
+        client.disable_key(key.id)
