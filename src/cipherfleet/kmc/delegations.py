@@ -35,6 +35,8 @@ from cipherfleet.kmc.schema import delegations
 
 MAX_PER_DELEGATOR = 1024
 """Those that were taken back count: the log names them for ever."""
+MAX_STEP = 1_000_000
+"""Between two numbers of a delegator: who was led to sign a huge one could never take anything back."""
 PER_SECOND, BURST = 10, 200
 
 
@@ -100,6 +102,8 @@ def _put(connection: Connection, statement: DelegationStatement, signed: Signed)
     newest, count = connection.execute(select(func.max(delegations.c.sequence), func.count()).where(of_delegator)).one()
     if statement.sequence <= (newest or 0):
         raise StatementReplayed(f"delegation {statement.sequence} of {statement.delegator} came after number {newest}")
+    if statement.sequence > (newest or 0) + MAX_STEP:
+        raise Malformed(f"delegation {statement.sequence} of {statement.delegator} is too far after number {newest or 0}")
     here = of_delegator & (delegations.c.delegate == statement.delegate) & (delegations.c.key == statement.key)
     if connection.execute(select(delegations.c.sequence).where(here)).first() is None:
         if statement.revoked:

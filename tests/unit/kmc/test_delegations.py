@@ -128,6 +128,7 @@ async def test_what_is_not_the_delegators_own_word_is_refused(desk: Desk) -> Non
         (await desk.told(grants=(), revoked=True), ApplicationUnknown),
         (await desk.told(0), Malformed),
         (await desk.told(2**53 + 1), Malformed),
+        (await desk.told(delegations.MAX_STEP + 1), Malformed),
     ]
     for statement, refused in bad:
         with pytest.raises(refused):
