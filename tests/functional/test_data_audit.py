@@ -8,7 +8,7 @@ import pytest
 
 from cipherfleet import SyncClient
 from cipherfleet.contract.settings import AuditData
-from tests.support import QUICK, cloud_in, command, eventually, profile_file
+from tests.support import QUICK, TestCloud, cloud_in, command, eventually, profile_file, refusal
 
 
 @pytest.mark.parametrize("data", ["counted", "full"])
@@ -49,6 +49,31 @@ def test_uses_are_in_the_log_and_at_the_key(tmp_path: Path, data: AuditData) -> 
         assert (broken.status, broken.document["error"]["code"]) == (1, "audit-broken")
         assert command("audit", "verify", "--ukey", consumer.ukey, "--pin-file", pin(tmp_path, consumer.pin), "--json").status == 0
         consumer.pull()
+
+
+def test_what_was_done_just_before_the_end_is_in_the_log(own_cloud: TestCloud) -> None:
+    """The Ukey is pulled long before the next report (``audit_flush_s``, 30 s); so is service stopped by the operator."""
+    consumer = own_cloud.enrol("acme")
+
+    def uses() -> int:
+        shown = command("audit", "show", "--event", "data-encrypt", "--consumer", "acme", "--state", own_cloud.cloud.state, "--json")
+        return sum(line["count"] for line in shown.document if line["outcome"] == "ok")
+
+    consumer.plug_in()
+    with SyncClient(consumer.sign_in()) as client:
+        key = client.create_key("AES-256-GCM").id
+        for _ in range(3):
+            client.encrypt(key, b"x")
+        assert uses() == 0  # not told yet
+        consumer.pull()
+        eventually(lambda: uses() == 3, what="the last words of a VCM whose Ukey is gone")
+        eventually(lambda: not consumer.vcms(), what="it is gone")
+        consumer.put_back()
+        eventually(lambda: not refusal(lambda: client.encrypt(key, b"x")), within=40.0, what="service is back")
+        done = 4
+        vcm = consumer.vcms()[0].id
+        assert command("vcm", "delete", vcm, "--force", "--state", own_cloud.cloud.state).status == 0
+        eventually(lambda: uses() == done, what="the last words of a VCM that was deleted")
 
 
 def pin(folder: Path, text: str) -> Path:

@@ -1,6 +1,7 @@
 """What applications do with data, counted for the audit log and for each key's "last used".
 
-``counted``: one entry for all operations that were alike, every ``audit_flush_s``; a VCM that is lost loses that much. ``sampled``: an
+``counted``: one entry for all operations that were alike, every ``audit_flush_s``. A VCM that ends tells the rest with its last words, over
+the channel that it has; one that is killed, or has no channel, loses that much. ``sampled``: an
 entry for one operation in so many, the others only count for "last used". ``full``: an entry for each, committed before the
 operation is done, so without the KMC there is none.
 """
@@ -9,6 +10,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 
 from cipherfleet.computing.vcm_escrow import Kmc
@@ -21,6 +23,8 @@ log = logging.getLogger(__name__)
 
 MAX_KINDS = 4096
 """Different uses that are kept apart until they are told; what is more goes without its key."""
+MAX_USES = 512
+"""Uses of one kind in a report, so that it fits a call and a frame."""
 ASKED = "asked"
 """The outcome of an entry that was written before its operation."""
 
@@ -33,6 +37,7 @@ class DataAudit:
         self._recorded: dict[Kind, tuple[int, float]] = {}
         self._counted: dict[Kind, tuple[int, float]] = {}
         self._number = 0
+        self._reports: deque[UsageReport] = deque()  # made, and not known to be with the KMC: told again with their numbers
         self._telling = asyncio.Lock()
 
     def note(self, application: str, operation: str, key: str, version: int, outcome: str) -> None:
@@ -61,7 +66,9 @@ class DataAudit:
             now = self._wall_clock()
             asked = tuple(DataUse(application, key, version, operation, ASKED, 1, now) for operation, key, version in uses)
             async with self._telling:
-                await self._tell(asked, ())
+                await self._settle()  # numbers go up
+                self._number += 1
+                await self._tell(UsageReport(self._number, asked))
 
     async def run(self) -> None:
         """Tell the KMC now and then, until it is cancelled."""
@@ -75,22 +82,32 @@ class DataAudit:
     async def flush(self) -> None:
         """Tell the KMC what was noted. Raises what it answers; nothing is lost then."""
         async with self._telling:
-            recorded, self._recorded = self._recorded, {}
-            counted, self._counted = self._counted, {}
-            if not recorded and not counted:
-                return
-            try:
-                await self._tell(_uses(recorded), _uses(counted))
-            except BaseException:
-                for kept, noted in ((self._recorded, recorded), (self._counted, counted)):
-                    for kind, (count, at) in noted.items():
-                        more, newest = kept.get(kind, (0, 0.0))
-                        kept[kind] = count + more, max(at, newest)
-                raise
+            await self._settle()
+            self._make()
+            await self._settle()
 
-    async def _tell(self, recorded: tuple[DataUse, ...], counted: tuple[DataUse, ...]) -> None:
-        self._number += 1
-        await self._kmc.call("POST", "/v1/usage", UsageReport(self._number, recorded, counted), reply=Done)
+    def last_words(self) -> tuple[UsageReport, ...]:
+        """What the KMC may not know yet, also of a report that is on its way: there it counts once."""
+        self._make()
+        return tuple(self._reports)
+
+    async def _settle(self) -> None:
+        while self._reports:
+            report = self._reports[0]
+            await self._tell(report)
+            self._reports.popleft()
+
+    def _make(self) -> None:
+        """Reports of all that was noted."""
+        recorded, self._recorded = _uses(self._recorded), {}
+        counted, self._counted = _uses(self._counted), {}
+        while recorded or counted:
+            self._number += 1
+            self._reports.append(UsageReport(self._number, recorded[:MAX_USES], counted[:MAX_USES]))
+            recorded, counted = recorded[MAX_USES:], counted[MAX_USES:]
+
+    async def _tell(self, report: UsageReport) -> None:
+        await self._kmc.call("POST", "/v1/usage", report, reply=Done)
 
 
 def _uses(counts: dict[Kind, tuple[int, float]]) -> tuple[DataUse, ...]:

@@ -25,6 +25,7 @@ from cipherfleet.contract.kmc_api import (
     CmkRefused,
     EscrowChanged,
     KmcToVcm,
+    LastUses,
     LeaseGranted,
     LeaseWanted,
     Revoked,
@@ -71,6 +72,18 @@ class Link:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def farewell(self, within_s: float) -> None:
+        """What was done with data and not told yet goes out over the channel, if there is one. Raises nothing."""
+        channel = self._channel
+        if channel is None:
+            return
+        try:
+            async with asyncio.timeout(within_s):
+                for report in self._vcm.data_audit.last_words():
+                    await channel.send(LastUses(report))
+        except (OSError, TimeoutError):
+            log.warning("the last uses of keys could not be told")
 
     # -- the connection ------------------------------------------------------------------------------------------------
 

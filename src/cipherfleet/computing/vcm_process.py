@@ -33,6 +33,8 @@ LOOK_S = 1.0
 JUMP_S = 5.0
 """How far the wall clock may move against ``CLOCK_BOOTTIME`` before the certificate is renewed: by less than it is backdated."""
 FAREWELL_S = 0.03
+LAST_WORDS_S = 0.15
+"""Less than machine and KMC wait for a VCM that ends."""
 KEEPALIVE_TIMEOUT_S = 330.0  # applications keep a connection for 300 s
 MAX_PER_CERTIFICATE = 1024  # of one application, which may run in many processes
 
@@ -87,7 +89,7 @@ async def run(
             async def serving() -> None:
                 await boot.send(News(VcmState.SERVING))
 
-            ending = await _live(vcm, Link(vcm, server, kmc, configuration.settings.heartbeat_s, serving), certificate, boot, stop)
+            ending = await _live(vcm, Link(vcm, server, kmc, configuration.settings.heartbeat_s, serving), certificate, boot, stop, card)
             await boot.send(News(VcmState.FAILED if ending.code else VcmState.DELETED, f"{ending.code}: {ending.message}"))
             return ending
     finally:
@@ -96,8 +98,8 @@ async def run(
         boot.close()
 
 
-async def _live(vcm: Vcm, link: Link, certificate: "OwnCertificate", boot: BootChannel, stop: asyncio.Event) -> Ending:
-    """Until the first thing that ends a VCM."""
+async def _live(vcm: Vcm, link: Link, certificate: "OwnCertificate", boot: BootChannel, stop: asyncio.Event, card: RingCard) -> Ending:
+    """Until the first thing that ends a VCM; then its keys go, and it says its last words."""
 
     async def stopped() -> None:
         await stop.wait()
@@ -120,6 +122,9 @@ async def _live(vcm: Vcm, link: Link, certificate: "OwnCertificate", boot: BootC
                 log.error("a VCM's task ended: %s", type(task.exception()).__name__)
         vcm.end("internal", "something went wrong in the VCM")
     finally:
+        await card.close()
+        if vcm.ended.done():
+            await link.farewell(LAST_WORDS_S)
         for _ in range(2):  # the first time, a channel still says goodbye to the KMC
             for task in tasks:
                 task.cancel()

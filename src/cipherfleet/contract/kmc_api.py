@@ -55,6 +55,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from cipherfleet.contract.audit import UsageReport
 from cipherfleet.contract.escrow import DelegationName, EscrowRow, LogEntry, RowName, RowWrite, StatementEntry
 from cipherfleet.contract.grants import Grant
 from cipherfleet.contract.ids import ApplicationName, CardId, ConsumerId, KeyId, MachineId, Serial, TokenId, UkeyId, VcmId
@@ -275,6 +276,12 @@ class CmkLoaded(VcmToKmc, frozen=True):
 class LeaseWanted(VcmToKmc, frozen=True):
     card: CardId
     nonce: bytes
+
+
+class LastUses(VcmToKmc, frozen=True):
+    """A VCM that ends: what its applications did and it had not reported. Taken as ``POST /v1/usage``, also right after ``Revoked``."""
+
+    report: UsageReport
 
 
 class Serving(VcmToKmc, frozen=True):

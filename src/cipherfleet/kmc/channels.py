@@ -18,6 +18,8 @@ class Channel(Generic[Out]):
         self._frames = frames
         self._waiting: asyncio.Queue[Out | None] = asyncio.Queue(MAX_WAITING)
         self.finished = False
+        self._linger_s = 0.0
+        self._left = asyncio.Event()
         self._writer = asyncio.get_running_loop().create_task(self._write())
 
     def post(self, frame: Out) -> None:
@@ -30,14 +32,19 @@ class Channel(Generic[Out]):
             self.finished = True
             self._writer.cancel()
 
-    def finish(self) -> None:
-        """Send what waits, then close. Idempotent."""
+    def finish(self, linger_s: float = 0.0) -> None:
+        """Send what waits, then close: when the other side has, or after ``linger_s`` seconds, for its last words. Idempotent."""
         if not self.finished:
             self.finished = True
+            self._linger_s = linger_s
             try:
                 self._waiting.put_nowait(None)
             except asyncio.QueueFull:
                 self._writer.cancel()
+
+    def left(self) -> None:
+        """The other side says nothing more."""
+        self._left.set()
 
     async def closed(self, timeout: float | None = None) -> None:
         """Wait until the channel is closed, at most ``timeout`` seconds."""
@@ -51,5 +58,8 @@ class Channel(Generic[Out]):
             pass
         finally:
             self.finished = True
+            if self._linger_s:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._left.wait(), self._linger_s)
             with contextlib.suppress(OSError):
                 await self._frames.close()

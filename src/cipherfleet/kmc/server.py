@@ -25,6 +25,7 @@ from cipherfleet.contract.kmc_api import (
     KeySearch,
     KmcToTerminal,
     KmcToVcm,
+    LastUses,
     PolicyRequest,
     RowsRequest,
     StatementsRequest,
@@ -306,8 +307,12 @@ class KmcServer:
             session, vcm = await self.service.vcm_joined(call.peer, channel)
             try:
                 async for frame in frames:
-                    await self.service.vcm_said(session, vcm, channel, frame)
+                    if isinstance(frame, LastUses):
+                        await self.usage.report(frame.report, call.peer.identity)
+                    elif not channel.finished:
+                        await self.service.vcm_said(session, vcm, channel, frame)
             finally:
+                channel.left()
                 self.service.vcm_left(vcm, channel)
         except CipherfleetError as exc:
             await self._refused(call, "vcm-channel", exc)

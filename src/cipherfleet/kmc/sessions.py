@@ -18,6 +18,8 @@ from cipherfleet.kmc.leases import Nonces
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.2
+LAST_WORDS_S = 0.25
+"""How long a VCM that was revoked may still say what was done with data: nothing else is heard from it."""
 MAX_LEASES_WANTED = 16
 """How many leases a VCM may want within one heartbeat; what is more is not passed on to its terminal."""
 
@@ -110,7 +112,7 @@ class ConsumerSession:
             self.forget_cmk()
         if vcm.channel is not None:
             vcm.channel.post(Revoked(reason))
-            vcm.channel.finish()
+            vcm.channel.finish(LAST_WORDS_S)
         return vcm.channel
 
     def close(self, reason: str) -> "list[TerminalChannel | VcmChannel]":

@@ -1,5 +1,6 @@
 """The audit log at the KMC: seals, pages, and every way to tamper with the database, found at the API by whoever asks."""
 
+import asyncio
 import sqlite3
 import time
 
@@ -24,8 +25,16 @@ from cipherfleet.contract.audit import (
 )
 from cipherfleet.contract.audit import DataUse as Use
 from cipherfleet.contract.audit_seals import GRACE_S
-from cipherfleet.contract.errors import AuditBroken, AuditUnsealed, HsmUnavailable, Malformed, NotPermitted
-from cipherfleet.contract.kmc_api import LeaseGranted, LeaseRequested, LeaseWanted
+from cipherfleet.contract.errors import (
+    AuditBroken,
+    AuditUnsealed,
+    CertificateRevoked,
+    HsmUnavailable,
+    KmcUnavailable,
+    Malformed,
+    NotPermitted,
+)
+from cipherfleet.contract.kmc_api import LastUses, LeaseGranted, LeaseRequested, LeaseWanted, Revoked, UkeyRemoved
 from cipherfleet.contract.statements import AuditCheckpointStatement
 from cipherfleet.kmc import refusals
 from tests.unit.kmc.world import World, start_vcm
@@ -378,6 +387,45 @@ async def test_uses_are_written_and_remembered_once(world: World) -> None:
             await vcm.caller.call("POST", "/v1/usage", msgspec.Raw(wrong))
     with pytest.raises(NotPermitted):
         await alice.terminal().call("POST", "/v1/usage", report)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["service", "one VCM"])
+async def test_the_last_words_of_a_revoked_vcm_count_and_nothing_else_does(world: World, whole: bool) -> None:
+    alice = await world.enrol()
+    terminal = await alice.plug_in()
+    vcm = await start_vcm(world, alice, terminal)
+    first = UsageReport(1, (Use("shop", KEY, 1, "encrypt", "ok", 2, world.clock()),))
+    await vcm.caller.call("POST", "/v1/usage", first)
+    management = await world.management()
+
+    async def revoke() -> None:
+        if whole:
+            await terminal.send(UkeyRemoved())
+        else:
+            await management.call("DELETE", f"/v1/vcms/{vcm.id}")
+
+    revoking = asyncio.create_task(revoke())
+    await vcm.channel.next(Revoked)
+    await vcm.channel.send(LeaseWanted(vcm.card, b"n" * 16))  # sent before it heard: nobody minds, and it buys nothing
+    await vcm.channel.send(LastUses(first))  # may have been on its way
+    await vcm.channel.send(LastUses(UsageReport(2, (Use("shop", KEY, 1, "encrypt", "ok", 5, world.clock()),))))
+    with pytest.raises((CertificateRevoked, KmcUnavailable)):
+        await vcm.caller.call("POST", "/v1/usage", UsageReport(3, first.recorded))
+    assert await vcm.channel.closed() == []  # no lease
+    await revoking
+    entries = [e for e in (await ask(await world.operator(), AuditQuery("alice"))).entries if e.event == "data-encrypt"]
+    assert [(e.count, e.actor) for e in entries] == [(2, f"application/shop via {vcm.id}"), (5, f"application/shop via {vcm.id}")]
+
+
+async def test_a_revoked_vcm_that_stays_is_cut_off(world: World) -> None:
+    alice = await world.enrol()
+    vcm = await start_vcm(world, alice, await alice.plug_in())
+    began = time.monotonic()
+    await (await world.management()).call("DELETE", f"/v1/vcms/{vcm.id}")
+    assert [type(frame) for frame in await vcm.channel.closed()] == [Revoked]
+    assert time.monotonic() - began < 5
+    with pytest.raises(OSError, match="closed"):
+        await vcm.channel.send(LastUses(UsageReport(1, (Use("shop", KEY, 1, "encrypt", "ok", 5, world.clock()),))))
 
 
 async def test_the_terminal_is_told_of_a_new_seal_once(world: World) -> None:

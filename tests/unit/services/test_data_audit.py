@@ -4,6 +4,7 @@ import msgspec
 import pytest
 
 from cipherfleet import Client
+from cipherfleet.channel import codec
 from cipherfleet.computing.vcm_data_audit import MAX_KINDS, DataAudit
 from cipherfleet.contract.audit import KeyUsage
 from cipherfleet.contract.errors import KmcUnavailable, SignatureInvalid
@@ -71,8 +72,9 @@ async def test_what_could_not_be_told_is_told_later(client: Client, stage: Stage
         await stage.host.data_audit.flush()
     await client.encrypt(key.id, b"x")
     ledger.gone = False
-    assert await told(stage) == {("encrypt", key.id, 1, "ok"): 2}
-    assert [report.number for report in ledger.told] == [2]  # a number is never used twice
+    assert await told(stage) == {("encrypt", key.id, 1, "ok"): 1}
+    assert [report.number for report in ledger.told] == [1, 2]  # what may have arrived comes with its number again
+    assert sum(use.count for report in ledger.told for use in report.recorded) == 2
 
 
 async def test_in_full_mode_nothing_is_done_without_its_entry(client: Client, stage: Stage) -> None:
@@ -117,9 +119,26 @@ async def test_memory_is_bounded() -> None:
     for number in range(2 * MAX_KINDS):
         audit.note("shop", "encrypt", f"{number:032x}", 1, "ok")
     await audit.flush()
-    (report,) = ledger.told
-    assert len(report.recorded) <= MAX_KINDS
-    assert sum(use.count for use in report.recorded) == 2 * MAX_KINDS
+    uses = [use for report in ledger.told for use in report.recorded]
+    assert len(uses) <= MAX_KINDS
+    assert sum(use.count for use in uses) == 2 * MAX_KINDS
+    assert max(len(codec.encode(report)) for report in ledger.told) < codec.MAX_CALL_BYTES
+
+
+async def test_last_words_are_what_the_kmc_may_not_have_with_the_numbers_it_may_know() -> None:
+    ledger = Ledger()
+    audit = DataAudit(ledger, Settings())
+    audit.note("shop", "encrypt", "0" * 32, 1, "ok")
+    ledger.gone = True
+    with pytest.raises(KmcUnavailable):
+        await audit.flush()
+    audit.note("shop", "encrypt", "0" * 32, 1, "ok")
+    audit.note("shop", "decrypt", "0" * 32, 1, "ok")
+    words = audit.last_words()
+    assert [(report.number, [(use.operation, use.count) for use in report.recorded]) for report in words] == [
+        (1, [("encrypt", 1)]),
+        (2, [("encrypt", 1), ("decrypt", 1)]),
+    ]
 
 
 async def test_a_key_shows_its_last_use(client: Client, stage: Stage) -> None:

@@ -26,7 +26,7 @@ from cipherfleet.channel.certificates import (
 )
 from cipherfleet.channel.frames import Frames
 from cipherfleet.channel.server import Call, Server
-from cipherfleet.contract.audit import AuditEntry, AuditLog
+from cipherfleet.contract.audit import AuditEntry, AuditLog, UsageReport
 from cipherfleet.contract.errors import ServiceOff, StateConflict, TokenStale
 from cipherfleet.contract.escrow import (
     DelegationName,
@@ -61,6 +61,7 @@ from cipherfleet.contract.kmc_api import (
     EscrowWrite,
     KeySearch,
     KeysFound,
+    LastUses,
     LeaseGranted,
     LeaseWanted,
     LogPage,
@@ -312,6 +313,7 @@ class FakeKmc:
     tokens: dict[bytes, ConsumerId] = field(default_factory=dict)
     refuse_cards: Exception | None = None
     refused: list[str] = field(default_factory=list)
+    last_uses: list[UsageReport] = field(default_factory=list)
     seen: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def __post_init__(self) -> None:
@@ -467,6 +469,8 @@ class FakeKmc:
                         await channel.send(LeaseGranted(consumer.lease(card, vcm, nonce, self.lease_ms)))
                 case CmkRefused(code, _):
                     self.refused.append(code)
+                case LastUses(report):
+                    self.last_uses.append(report)
                 case CmkLoaded() | Serving():
                     pass
             await self._saw(type(frame).__name__)

@@ -155,6 +155,29 @@ async def test_revoked_ends_it_at_once(tmp_path: Path, kmc: FakeKmc) -> None:
             await vcm.host.authorise(None, Right.SHOW)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("how", ["revoked", "told", "lease"])
+async def test_its_last_words_are_the_uses_that_it_had_not_told(tmp_path: Path, kmc: FakeKmc, how: str) -> None:
+    async with vcm_of(kmc, tmp_path, heartbeat_s=0.05) as vcm:
+        await serving(vcm)
+        async with vcm.caller() as client:
+            await client.call("GET", "/v1/authorise")
+        peer = SimpleNamespace(identity=Identity(Role.APPLICATION, "billing", vcm.consumer.name))
+        for _ in range(3):
+            vcm.host.note_use(peer, "encrypt", "0" * 32, 1, "ok")  # type: ignore[arg-type]
+        match how:
+            case "revoked":
+                await kmc.revoke(vcm.id)
+            case "told":
+                vcm.stop.set()
+            case "lease":
+                kmc.plugged_in = False
+        await vcm.ending()
+        await kmc.until("LastUses")
+        (report,) = kmc.last_uses
+        assert [(use.application, use.operation, use.outcome, use.count) for use in report.recorded] == [("billing", "encrypt", "ok", 3)]
+        await refused(vcm)
+
+
 async def test_when_the_card_is_gone_so_is_the_vcm(tmp_path: Path, kmc: FakeKmc) -> None:
     async with vcm_of(kmc, tmp_path, heartbeat_s=0.05) as vcm:
         await serving(vcm)
