@@ -15,6 +15,11 @@ from cipherfleet import SyncClient
 from cipherfleet.app.backup.create import create
 from cipherfleet.app.backup.sealed_file import open_sealed
 from cipherfleet.contract.escrow import Seen
+from cipherfleet.contract.grants import Grant
+from cipherfleet.contract.ids import ApplicationName
+from cipherfleet.contract.profile import Profile
+from cipherfleet.contract.rights import Right
+from cipherfleet.terminal.applications import sign_in
 from cipherfleet.terminal.ukey import DirectoryUkey
 from tests.support import PIN, Consumer, TestCloud, command, eventually, refusal
 
@@ -61,10 +66,13 @@ def test_a_restored_cloud_serves_what_was_there(own_cloud: TestCloud, secret: Pa
     with consumer.client() as client:
         key = client.create_key("AES-256-GCM").id
         ciphertext = client.encrypt(key, b"attack at dawn")
+    lead, temp = _sign_in(consumer, "lead", Grant((Right.DECRYPT,), delegate=True)), _sign_in(consumer, "temp", Grant((Right.MAC,)))
+    with SyncClient(lead) as client:
+        client.delegate_key(key, "temp", [Grant((Right.DECRYPT,))])
     backup = tmp_path / "backup"
     made = command("backup", "create", "--out", backup, "--state", own_cloud.cloud.state, "--passphrase-file", secret, "--json")
     assert made.status == 0, made.stderr
-    assert [(c["name"], c["keys"], c["applications"]) for c in made.document["consumers"]] == [("acme", 1, 1)]
+    assert [(c["name"], c["keys"], c["applications"]) for c in made.document["consumers"]] == [("acme", 1, 3)]
     old = {v.id for v in own_cloud.vcms()}
     consumer.pull()
     eventually(lambda: not own_cloud.vcms(), what="the VCMs are gone")
@@ -77,12 +85,22 @@ def test_a_restored_cloud_serves_what_was_there(own_cloud: TestCloud, secret: Pa
         there.plug_in()
         with there.client() as client:
             assert client.decrypt(ciphertext) == b"attack at dawn"
+        with SyncClient(temp) as client:
+            assert client.decrypt(ciphertext) == b"attack at dawn"
         assert command("audit", "verify", "--state", elsewhere.cloud.state).status == 0
         events = [(e["consumer"], e["event"]) for e in _audit(elsewhere)]
         assert ("", "restored") in events
         assert ("acme", "restored") in events
     finally:
         elsewhere.down()
+
+
+def _sign_in(consumer: Consumer, name: str, grant: Grant) -> Profile:
+    async def work() -> Profile:
+        with DirectoryUkey.open(consumer.ukey, consumer.pin) as ukey:
+            return await sign_in(ukey, ApplicationName(name), (), 1, grants=(grant,))
+
+    return asyncio.run(work())
 
 
 def _audit(cloud: TestCloud) -> list[dict[str, Any]]:
