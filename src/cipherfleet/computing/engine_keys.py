@@ -110,7 +110,8 @@ def check(chosen: Algorithm, material: bytes) -> bytearray:
     try:
         private = _load(chosen, material, checked=False)
     except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
-        raise KeyMaterialInvalid(f"that is no private key of {chosen.name}", "give PKCS#8, unencrypted") from exc
+        how = "give PKCS#8, unencrypted" + (", with the seed alone" if chosen.family.startswith("ML-") else "")
+        raise KeyMaterialInvalid(f"that is no private key of {chosen.name}", how) from exc
     if isinstance(private, rsa.RSAPrivateKey):
         exponent = private.public_key().public_numbers().e
         if exponent < MIN_RSA_EXPONENT or exponent % 2 == 0:
