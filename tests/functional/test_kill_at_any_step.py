@@ -18,7 +18,7 @@ from cipherfleet.app import wiring
 from cipherfleet.channel.process import ProcessEntry
 from cipherfleet.contract.errors import CipherfleetError
 from cipherfleet.contract.lifecycle import CREATION, DELETION, Process
-from tests.functional.test_durability import ROLES, half_made
+from tests.functional.test_durability import ROLES, half_made, served
 from tests.support import Consumer, TestCloud, cloud_in, eventually
 
 HOLDING = """
@@ -164,6 +164,7 @@ def serves_and_goes(held: Held, consumer: Consumer) -> None:
     eventually(lambda: consumer.service == "on", within=40.0, what="service on")
     settle(cloud, consumer, 1)
     with consumer.client() as client:
+        eventually(lambda: served(consumer, client), within=40.0, what="service is there")  # a lease may have ended meanwhile
         key = client.create_key("AES-256-GCM")
         assert client.decrypt(client.encrypt(key.id, b"whole")) == b"whole"
     consumer.pull()

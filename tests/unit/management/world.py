@@ -21,7 +21,7 @@ from tests.unit.management.fakes import FakeKmc, FakeMachine, FakeTerminal, new_
 
 T = TypeVar("T")
 
-SETTINGS = Settings(heartbeat_s=0.1, lease_s=0.5, monitor_s=0.05, step_s=3.0)
+SETTINGS = Settings(heartbeat_s=0.1, lease_s=0.5, monitor_s=0.05, step_s=10.0)
 QUICK = Settings(heartbeat_s=0.1, lease_s=0.5, monitor_s=0.05, step_s=1.0)
 
 ROOT = Authority("root")
