@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -29,6 +29,8 @@ from cipherfleet.contract.statements import Right
 from cipherfleet.terminal.applications import sign_in
 from cipherfleet.terminal.enrol import enrol
 from cipherfleet.terminal.ukey import DirectoryUkey
+
+T = TypeVar("T")
 
 PIN = "1357-test"
 
@@ -50,6 +52,18 @@ def eventually(check: Callable[[], Any], *, within: float = 20.0, what: str = ""
             return value
         assert time.monotonic() < end, f"not within {within} s: {what or check}"
         time.sleep(0.02)
+
+
+def persistently(work: Callable[[], T], *, within: float = 60.0) -> T:
+    """What ``work`` gives, asked again when it is refused: after a kill service may end once more, as a lease did, before it is back."""
+    end = time.monotonic() + within
+    while True:
+        try:
+            return work()
+        except CipherfleetError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
 
 
 @dataclass

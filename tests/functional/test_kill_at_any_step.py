@@ -18,8 +18,8 @@ from cipherfleet.app import wiring
 from cipherfleet.channel.process import ProcessEntry
 from cipherfleet.contract.errors import CipherfleetError
 from cipherfleet.contract.lifecycle import CREATION, DELETION, Process
-from tests.functional.test_durability import ROLES, half_made, served
-from tests.support import Consumer, TestCloud, cloud_in, eventually
+from tests.functional.test_durability import ROLES, half_made
+from tests.support import Consumer, TestCloud, cloud_in, eventually, persistently
 
 HOLDING = """
 import asyncio, runpy, sys
@@ -164,9 +164,8 @@ def serves_and_goes(held: Held, consumer: Consumer) -> None:
     eventually(lambda: consumer.service == "on", within=40.0, what="service on")
     settle(cloud, consumer, 1)
     with consumer.client() as client:
-        eventually(lambda: served(consumer, client), within=40.0, what="service is there")  # a lease may have ended meanwhile
-        key = client.create_key("AES-256-GCM")
-        assert client.decrypt(client.encrypt(key.id, b"whole")) == b"whole"
+        key = persistently(lambda: client.create_key("AES-256-GCM"))
+        assert persistently(lambda: client.decrypt(client.encrypt(key.id, b"whole"))) == b"whole"
     consumer.pull()
     settle(cloud, consumer, 0)
     assert rows(cloud, "kmc", "tokens") == len(cloud.vcms())

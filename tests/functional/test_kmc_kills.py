@@ -13,7 +13,7 @@ from cipherfleet.contract.errors import CipherfleetError
 from cipherfleet.contract.profile import Profile
 from cipherfleet.contract.statements import DestructionStatement
 from tests.functional.test_durability import bring_back
-from tests.support import TestCloud, command, eventually
+from tests.support import TestCloud, command, eventually, persistently
 
 KILLS = (("kmc",), ("kmc", "hsm")) * 4
 
@@ -126,9 +126,9 @@ def test_every_acknowledged_change_outlives_the_kmc(own_cloud: TestCloud) -> Non
             assert not changer.thread.is_alive()
         keys = {key: known for changer in changers for key, known in changer.keys.items()}
         for key, known in keys.items():
-            check(client, key, known)
+            persistently(lambda: check(client, key, known))  # noqa: B023
         assert len({known.state for known in keys.values()}) >= 4  # every kind of life was seen
-        verdict = client.verify_audit()
+        verdict = persistently(client.verify_audit)
         assert verdict.verified > len(keys)
     assert command("audit", "verify", "--state", own_cloud.cloud.state).status == 0
     print(f"{len(KILLS)} kills, {changes()} changes of {len(keys)} keys acknowledged, none lost")  # noqa: T201

@@ -11,7 +11,7 @@ from typing import Any
 from cipherfleet import SyncClient
 from cipherfleet.contract.errors import CipherfleetError
 from tests.functional.test_durability import bring_back
-from tests.support import Consumer, TestCloud, command, eventually, profile_file
+from tests.support import Consumer, TestCloud, command, eventually, persistently, profile_file
 
 BATCH = 500
 
@@ -86,6 +86,6 @@ def test_a_kmc_that_is_killed_leaves_all_of_a_batch_or_none(own_cloud: TestCloud
             bring_back(own_cloud, consumer, client)
         stop.set()
         maker.join(60)
-        found = Counter(key.label for key in client.list_keys())
+        found = Counter(key.label for key in persistently(client.list_keys))
     assert set(found.values()) == {BATCH}
     assert set(acknowledged) <= set(found) <= set(asked)
