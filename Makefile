@@ -48,6 +48,7 @@ bench: setup
 	$(BIN)/cipherfleet bench network $(if $(wildcard $(PEERS)/.installed),--peers $(PEERS)/bin/python)
 	$(BIN)/cipherfleet bench lifecycle
 	$(BIN)/cipherfleet bench isolation
+	$(BIN)/cipherfleet bench keys
 	$(BIN)/cipherfleet bench figure8
 
 # What `bench network` is compared with, in an environment of its own; SoftHSM2 and p11-kit are packages of the system.
