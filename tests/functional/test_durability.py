@@ -2,6 +2,7 @@
 
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 from cipherfleet import SyncClient
@@ -76,5 +77,5 @@ def test_acknowledged_keys_survive_the_death_of_every_process(own_cloud: TestClo
         assert set(acknowledged) <= present
         for key, ciphertext in acknowledged.items():
             if ciphertext:
-                assert persistently(lambda: client.decrypt(ciphertext)) == key.encode()  # noqa: B023
+                assert persistently(partial(client.decrypt, ciphertext)) == key.encode()
     print(f"{len(acknowledged)} acknowledged keys, none lost")  # noqa: T201

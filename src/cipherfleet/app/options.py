@@ -32,6 +32,7 @@ def _remember_json(value: bool) -> bool:
 
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.", callback=_remember_json, is_eager=True)]
+KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id, or alias/NAME.")]
 State = Annotated[
     Path,
     typer.Option(

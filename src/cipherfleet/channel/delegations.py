@@ -1,5 +1,8 @@
 """A delegation as it is signed and read: by the delegator's own certificate key."""
 
+import hashlib
+import hmac
+
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -7,7 +10,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cipherfleet.channel import codec, signing
 from cipherfleet.contract.errors import CertificateInvalid, Malformed, StatementForged, Unsupported
 from cipherfleet.contract.grants import check_delegated
-from cipherfleet.contract.statements import DelegationStatement, Signed
+from cipherfleet.contract.statements import ApplicationStatement, DelegationStatement, Signed
 
 MAX_STATEMENT_BYTES = 16 * 1024
 
@@ -37,3 +40,8 @@ def read_delegation(signed: Signed) -> DelegationStatement:
     else:
         check_delegated(statement.grants, statement.key)
     return statement
+
+
+def is_signed_by(statement: DelegationStatement, own: ApplicationStatement) -> bool:
+    """Whether a delegation that was read carries the signature of the key that the Ukey signed its delegator in with."""
+    return hmac.compare_digest(own.public_key_sha256, hashlib.sha256(statement.public_key).digest())

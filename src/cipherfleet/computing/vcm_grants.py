@@ -1,13 +1,11 @@
 """Who may do what in a VCM: what the consumer's Ukey has signed, as the card checked it. The operator's word counts nothing here."""
 
-import hashlib
-import hmac
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from cipherfleet.channel import codec
-from cipherfleet.channel.delegations import read_delegation
+from cipherfleet.channel.delegations import is_signed_by, read_delegation
 from cipherfleet.computing.vcm_delegations import Delegated
 from cipherfleet.computing.vcm_escrow import Escrow
 from cipherfleet.contract.errors import (
@@ -107,7 +105,7 @@ class Grants:
         statement = read_delegation(signed)
         if statement.consumer != self._consumer:
             raise ForeignConsumer("the delegation is another consumer's")
-        if statement.delegator != own.name or not _signed_by(own, statement):
+        if statement.delegator != own.name or not is_signed_by(statement, own):
             raise StatementForged(f"the delegation is not signed by the key that the Ukey signed {own.name} in with")
         if statement.key != key:
             raise Malformed("the delegation is of another key than the request")
@@ -115,7 +113,7 @@ class Grants:
             await self._require_within(own, statement)
             if any(grant.not_after and grant.not_after <= self._wall_clock() for grant in statement.grants):
                 raise GrantExpired("what is delegated would have expired already", "say a later time")
-            delegate = await self._known(statement.delegate)
+            delegate = await self._statement(statement.delegate)
             if delegate.revoked:
                 raise ApplicationRevoked(f"the consumer signed {statement.delegate} out")
         name = DelegationName(statement.delegator, statement.delegate, statement.key)
@@ -185,7 +183,7 @@ class Grants:
         own = await self._verified(given.delegator)
         if own is None or own.revoked:
             raise NotPermitted(f"{given.delegator}, who delegated it, is not signed in")
-        if not _signed_by(own, given):
+        if not is_signed_by(given, own):
             raise NotPermitted(f"{given.delegator} is signed in with another key than the one that signed the delegation")
         if own.not_after <= self._wall_clock():
             raise NotPermitted(f"the consumer's statement on {given.delegator}, who delegated it, has expired")
@@ -227,20 +225,13 @@ class Grants:
             raise StatementExpired(f"the consumer's statement on {identity.id} has expired")
         return statement
 
-    async def _statement(self, name: ApplicationName, public_key_sha256: bytes) -> ApplicationStatement:
-        """The newest statement on ``name``; looked for once more when it does not fit, as it may have been signed a moment ago."""
-        statement = await self._verified(name)
-        if statement is None or statement.public_key_sha256 != public_key_sha256:
-            await self._escrow.refresh()
-            statement = await self._verified(name)
-        if statement is None:
-            raise ApplicationUnknown(f"the consumer has not signed {name} in")
-        return statement
+    async def _statement(self, name: ApplicationName, public_key_sha256: bytes | None = None) -> ApplicationStatement:
+        """The newest statement on ``name``, by that key if one is named.
 
-    async def _known(self, name: ApplicationName) -> ApplicationStatement:
-        """The newest statement on another application. Raises ``ApplicationUnknown``."""
+        Looked for once more when it does not fit, as it may have been signed a moment ago. Raises ``ApplicationUnknown``.
+        """
         statement = await self._verified(name)
-        if statement is None:
+        if statement is None or public_key_sha256 not in (None, statement.public_key_sha256):
             await self._escrow.refresh()
             statement = await self._verified(name)
         if statement is None:
@@ -263,10 +254,6 @@ class Grants:
             raise StatementReplayed(f"the statement on {name} is older than one seen before")
         self._checked[name] = kept, statement
         return statement
-
-
-def _signed_by(own: ApplicationStatement, statement: DelegationStatement) -> bool:
-    return hmac.compare_digest(own.public_key_sha256, hashlib.sha256(statement.public_key).digest())
 
 
 def _described(name: DelegationName, statement: DelegationStatement, state: str) -> Delegation:

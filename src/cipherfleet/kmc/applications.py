@@ -7,17 +7,15 @@ from functools import partial
 from sqlalchemy import Connection, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
-from cipherfleet.channel import codec, signing
+from cipherfleet.channel import codec
 from cipherfleet.channel.certificates import public_key_der
 from cipherfleet.contract.errors import (
     ApplicationUnknown,
-    ForeignConsumer,
     LimitReached,
     Malformed,
     PolicyRefused,
     StatementExpired,
     StatementForged,
-    StatementReplayed,
 )
 from cipherfleet.contract.escrow import LogEntry, StatementEntry, statement_digest
 from cipherfleet.contract.grants import check_grants
@@ -33,11 +31,10 @@ from cipherfleet.kmc.registry import Issued
 from cipherfleet.kmc.requests import subject_key
 from cipherfleet.kmc.schema import consumers, statements
 from cipherfleet.kmc.service import Service
+from cipherfleet.kmc.statements import check_sequence, read_numbered
 
 MAX_APPLICATIONS = 512
-MAX_STATEMENT_BYTES = 32 * 1024
 MAX_DAYS = 826  # the longest that settings allow, and a day for clocks
-MAX_SEQUENCE = 2**62
 
 
 class Applications:
@@ -111,12 +108,7 @@ class Applications:
         return ApplicationList(tuple(entries))
 
     def _check(self, signed: Signed, consumer: store.Consumer) -> ApplicationStatement:
-        statement = signing.verify(signed, ApplicationStatement, consumer.ukey_keys)
-        if len(signed.signatures) != 1 or len(signed.payload) > MAX_STATEMENT_BYTES:
-            raise StatementForged("the statement carries more than the Ukey's word")
-        if statement.consumer != consumer.name:
-            raise ForeignConsumer("the statement is another consumer's")
-        check_sequence(statement.sequence, consumer)
+        statement = read_numbered(signed, ApplicationStatement, consumer)
         now = self._center.wall_clock()
         if statement.revoked:
             return statement
@@ -136,12 +128,6 @@ class Applications:
             raise StatementForged("the request's key is not the one that the Ukey signed")
         identity = Identity(Role.APPLICATION, statement.name, statement.consumer)
         return await self._center.certification.issue(identity, key, not_after=float(statement.not_after))
-
-
-def check_sequence(sequence: int, consumer: store.Consumer) -> None:
-    """That a statement's number is the consumer's next. Raises ``StatementReplayed``."""
-    if not consumer.statement_sequence < sequence <= MAX_SEQUENCE:
-        raise StatementReplayed(f"statement {sequence} came after number {consumer.statement_sequence}")
 
 
 def _put(connection: Connection, statement: ApplicationStatement, signed: Signed, issued: Issued | None) -> None:

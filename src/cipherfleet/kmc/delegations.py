@@ -3,15 +3,13 @@
 Whether one counts decides the VCM, at each use, by what the Ukey signed. What is checked here keeps the log in order and bounded.
 """
 
-import hashlib
-import hmac
 from collections.abc import Sequence
 
 from sqlalchemy import Connection, func, select, tuple_
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from cipherfleet.channel import codec
-from cipherfleet.channel.delegations import read_delegation
+from cipherfleet.channel.delegations import is_signed_by, read_delegation
 from cipherfleet.contract.errors import (
     ApplicationUnknown,
     EscrowRowTampered,
@@ -93,7 +91,7 @@ def _check_applications(connection: Connection, statement: DelegationStatement) 
         missing = statement.delegate if statement.delegator in kept else statement.delegator
         raise ApplicationUnknown(f"{statement.consumer} has no application {missing}")
     own = codec.decode(kept[statement.delegator].payload, ApplicationStatement)
-    if own.revoked or not hmac.compare_digest(own.public_key_sha256, hashlib.sha256(statement.public_key).digest()):
+    if own.revoked or not is_signed_by(statement, own):
         raise StatementForged("the delegation is not signed by the key that the Ukey signed its delegator in with")
 
 

@@ -4,19 +4,19 @@ from functools import partial
 
 from sqlalchemy import Connection, insert, select, update
 
-from cipherfleet.channel import codec, signing
-from cipherfleet.contract.errors import EscrowRowTampered, ForeignConsumer, Malformed, StateConflict, StatementForged
+from cipherfleet.channel import codec
+from cipherfleet.contract.errors import EscrowRowTampered, Malformed, StateConflict
 from cipherfleet.contract.escrow import LogEntry, Seen, epoch_subject, statement_digest
 from cipherfleet.contract.identities import Peer
 from cipherfleet.contract.ids import ConsumerId
 from cipherfleet.contract.kmc_api import EpochRequest, EpochStatements, LogPage
 from cipherfleet.contract.statements import EpochStatement, Signed
 from cipherfleet.kmc import audit, store
-from cipherfleet.kmc.applications import MAX_STATEMENT_BYTES, check_sequence
 from cipherfleet.kmc.center import Center
 from cipherfleet.kmc.escrow import Escrow, append_log, point_of
 from cipherfleet.kmc.schema import consumers, epochs
 from cipherfleet.kmc.service import Service
+from cipherfleet.kmc.statements import read_numbered
 
 MAX_EPOCH = 2**31 - 1
 
@@ -64,12 +64,7 @@ class Epochs:
 
 
 def _check(signed: Signed, consumer: store.Consumer) -> EpochStatement:
-    statement = signing.verify(signed, EpochStatement, consumer.ukey_keys)
-    if len(signed.signatures) != 1 or len(signed.payload) > MAX_STATEMENT_BYTES:
-        raise StatementForged("the statement carries more than the Ukey's word")
-    if statement.consumer != consumer.name:
-        raise ForeignConsumer("the statement is another consumer's")
-    check_sequence(statement.sequence, consumer)
+    statement = read_numbered(signed, EpochStatement, consumer)
     if Seen(statement.accepted_epoch, statement.accepted_sequence, statement.accepted_head) != point_of(consumer):
         raise StateConflict("the escrow is not where the statement says", "look again, and sign anew")
     if not max(consumer.epoch, statement.seen_epoch) < statement.new_epoch <= MAX_EPOCH:

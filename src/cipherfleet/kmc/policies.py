@@ -5,18 +5,18 @@ from functools import partial
 from sqlalchemy import Connection, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
-from cipherfleet.channel import codec, signing
-from cipherfleet.contract.errors import ForeignConsumer, StateConflict, StatementForged
+from cipherfleet.channel import codec
+from cipherfleet.contract.errors import StateConflict
 from cipherfleet.contract.escrow import LogEntry, policy_subject, statement_digest
 from cipherfleet.contract.identities import Peer
 from cipherfleet.contract.kmc_api import PolicyReply, PolicyRequest
 from cipherfleet.contract.statements import PolicyStatement, Signed
 from cipherfleet.kmc import audit, store
-from cipherfleet.kmc.applications import MAX_STATEMENT_BYTES, check_sequence
 from cipherfleet.kmc.center import Center
 from cipherfleet.kmc.escrow import Escrow, append_log
 from cipherfleet.kmc.schema import consumers, policies
 from cipherfleet.kmc.service import Service
+from cipherfleet.kmc.statements import read_numbered
 
 
 class Policies:
@@ -57,12 +57,7 @@ class Policies:
 
 
 def _check(signed: Signed, consumer: store.Consumer) -> PolicyStatement:
-    statement = signing.verify(signed, PolicyStatement, consumer.ukey_keys)
-    if len(signed.signatures) != 1 or len(signed.payload) > MAX_STATEMENT_BYTES:
-        raise StatementForged("the statement carries more than the Ukey's word")
-    if statement.consumer != consumer.name:
-        raise ForeignConsumer("the statement is another consumer's")
-    check_sequence(statement.sequence, consumer)
+    statement = read_numbered(signed, PolicyStatement, consumer)
     if statement.epoch != consumer.epoch:
         raise StateConflict(f"the escrow is in epoch {consumer.epoch}, the statement is of epoch {statement.epoch}")
     return statement

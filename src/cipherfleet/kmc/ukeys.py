@@ -6,12 +6,11 @@ from functools import partial
 
 from sqlalchemy import Connection, insert, select, update
 
-from cipherfleet.channel import codec, signing
+from cipherfleet.channel import codec
 from cipherfleet.channel.certificates import public_key_der
 from cipherfleet.contract.errors import (
     EscrowRowTampered,
     Exists,
-    ForeignConsumer,
     LimitReached,
     Malformed,
     StateConflict,
@@ -25,7 +24,6 @@ from cipherfleet.contract.kmc_api import UkeyEntry, UkeyList, UkeyReply, UkeyReq
 from cipherfleet.contract.messages import Chain
 from cipherfleet.contract.statements import Signed, UkeyStatement
 from cipherfleet.kmc import audit, store
-from cipherfleet.kmc.applications import MAX_STATEMENT_BYTES, check_sequence
 from cipherfleet.kmc.center import Center
 from cipherfleet.kmc.certification import UKEY_DAYS
 from cipherfleet.kmc.escrow import Escrow, append_log
@@ -33,6 +31,7 @@ from cipherfleet.kmc.registry import Issued
 from cipherfleet.kmc.requests import subject_key
 from cipherfleet.kmc.schema import consumers, policies, ukey_statements, ukeys
 from cipherfleet.kmc.service import Service
+from cipherfleet.kmc.statements import read_numbered
 from cipherfleet.kmc.store import ACTIVE
 
 MAX_ACTIVE, MAX_ALL = 8, 64
@@ -109,14 +108,9 @@ class Ukeys:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _check(self, signed: Signed, consumer: store.Consumer) -> UkeyStatement:
-        statement = signing.verify(signed, UkeyStatement, consumer.ukey_keys)
-        if len(signed.signatures) != 1 or len(signed.payload) > MAX_STATEMENT_BYTES:
-            raise StatementForged("the statement carries more than the Ukey's word")
-        if statement.consumer != consumer.name:
-            raise ForeignConsumer("the statement is another consumer's")
+        statement = read_numbered(signed, UkeyStatement, consumer)
         if len(statement.label) > MAX_LABEL or not statement.label.isprintable():
             raise Malformed(f"a Ukey's label is a printable text of at most {MAX_LABEL}")
-        check_sequence(statement.sequence, consumer)
         return statement
 
     async def _certify(self, statement: UkeyStatement, request: UkeyRequest) -> tuple[Issued, Issued]:

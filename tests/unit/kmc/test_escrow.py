@@ -54,7 +54,7 @@ from cipherfleet.contract.kmc_api import (
     StatementsRequest,
 )
 from cipherfleet.contract.statements import CheckpointStatement, DestructionStatement, Signed
-from cipherfleet.kmc import applications, escrow, store
+from cipherfleet.kmc import escrow, statements, store
 from cipherfleet.kmc.pace import Pace
 from tests.escrow import check_whole
 from tests.unit.kmc.world import SEALED, TestConsumer, TestVcm, World, key_row, start_vcm
@@ -345,7 +345,7 @@ async def test_the_fullest_pages_fit_the_channel() -> None:
     row = 2 * escrow.MAX_ROW_PART_BYTES * base64 + 160
     assert max(escrow.ROWS_PAGE, MAX_ROW_NAMES) * row < MAX_BODY_BYTES
     assert escrow.LOG_PAGE * 116 < MAX_BODY_BYTES
-    assert MAX_STATEMENT_NAMES * (applications.MAX_STATEMENT_BYTES * base64 + 420) < MAX_BODY_BYTES
+    assert MAX_STATEMENT_NAMES * (statements.MAX_STATEMENT_BYTES * base64 + 420) < MAX_BODY_BYTES
 
 
 async def test_pages(alice: TestConsumer, vcm: TestVcm, monkeypatch: pytest.MonkeyPatch) -> None:

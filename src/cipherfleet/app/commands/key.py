@@ -14,7 +14,7 @@ from cipherfleet.app import output
 from cipherfleet.app.commands import key_alias, key_delegation
 from cipherfleet.app.commands.asking import ask
 from cipherfleet.app.commands.key_terms import MaxUses, NotAfter, NotBefore, RotateDays, RotateUses, period, seconds
-from cipherfleet.app.options import In, Json, ProfileFile, read_small
+from cipherfleet.app.options import In, Json, KeyArgument, ProfileFile, read_small
 from cipherfleet.channel import codec
 from cipherfleet.contract.errors import Malformed
 from cipherfleet.contract.key_terms import NO_TERMS, KeyTerms
@@ -36,7 +36,6 @@ Bare = Annotated[bool, typer.Option(help="An AEAD key whose ciphertexts are nonc
 Exportable = Annotated[bool, typer.Option(help="It may leave the card, wrapped; fixed for ever.")]
 TwoPerson = Annotated[bool, typer.Option(help="Nothing of it is destroyed unless two applications want it.")]
 Tag = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="A tag; as often as wanted.", show_default=False)]
-KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id, or alias/NAME.")]
 
 
 @app.command()

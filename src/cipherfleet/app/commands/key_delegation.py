@@ -8,12 +8,11 @@ import typer
 from cipherfleet.app import output
 from cipherfleet.app.commands.asking import ask
 from cipherfleet.app.grant_text import parse_grant, show_grant
-from cipherfleet.app.options import Json, ProfileFile
+from cipherfleet.app.options import Json, KeyArgument, ProfileFile
 from cipherfleet.contract.errors import Malformed
 from cipherfleet.contract.vcm_api import Delegation
 
 SHAPE = "OPERATION,...[:expires=30d|12h|2030-12-31][,context=TEXT|base64:...][,pair=NAME:VALUE][,rate=N]"
-KeyArgument = Annotated[str, typer.Argument(metavar="ID", help="The key's id, or alias/NAME.")]
 
 
 def delegate(

@@ -7,8 +7,8 @@ import typer
 
 from cipherfleet.app import output
 from cipherfleet.app.commands.asking import ask
-from cipherfleet.app.commands.key import KeyArgument, app, from_pem, show_key, to_pem
-from cipherfleet.app.options import In, Json, ProfileFile, read_file, read_small
+from cipherfleet.app.commands.key import app, from_pem, show_key, to_pem
+from cipherfleet.app.options import In, Json, KeyArgument, ProfileFile, read_file, read_small
 from cipherfleet.contract.errors import Malformed
 
 

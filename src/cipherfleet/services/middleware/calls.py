@@ -1,11 +1,15 @@
 """What every call of the client is made with: whom it asks, and how a key and a context are written."""
 
+import os
+from typing import TypeAlias
 from urllib.parse import quote
 
 from cipherfleet.contract.errors import TooLarge
 from cipherfleet.contract.profile import Profile
 from cipherfleet.services import wire
 from cipherfleet.services.middleware.connection import Connection
+
+FilePath: TypeAlias = str | os.PathLike[str]
 
 
 class Calls:

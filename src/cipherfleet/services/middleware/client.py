@@ -1,7 +1,6 @@
 """The Python client of a consumer's VCMs."""
 
-import os
-from typing import Self, TypeAlias
+from typing import Self
 
 from cipherfleet.channel.audit_check import AuditCheck, AuditVerdict
 from cipherfleet.contract.algorithms import Algorithm
@@ -12,12 +11,12 @@ from cipherfleet.contract.vcm_api import (
     EndpointsReply,
 )
 from cipherfleet.services import wire
+from cipherfleet.services.middleware.calls import FilePath
 from cipherfleet.services.middleware.client_data import DataCalls
 from cipherfleet.services.middleware.client_keys import KeyCalls
 from cipherfleet.services.middleware.connection import read_profile
 
 TIMEOUT_S = 60.0
-FilePath: TypeAlias = str | os.PathLike[str]
 
 
 class Client(KeyCalls, DataCalls):

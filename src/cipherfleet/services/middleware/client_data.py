@@ -1,9 +1,7 @@
 """The client's calls on data: encryption, signatures, secrets, one or many at once."""
 
-import os
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
-from typing import TypeAlias
 from urllib.parse import quote
 
 from cipherfleet.contract.errors import TooLarge
@@ -15,11 +13,9 @@ from cipherfleet.contract.vcm_api import (
     SignatureReply,
 )
 from cipherfleet.services import wire
-from cipherfleet.services.middleware.calls import Calls, contexts, path_of
+from cipherfleet.services.middleware.calls import Calls, FilePath, contexts, path_of
 from cipherfleet.services.middleware.sources import Bytes, Progress, Source, Upload
 from cipherfleet.services.middleware.targets import WholeFile, open_source
-
-FilePath: TypeAlias = str | os.PathLike[str]
 
 
 class DataCalls(Calls):
